@@ -1,0 +1,78 @@
+"""Every key of a run and its default; the other files here change a few of them.
+
+Names follow jax-flow where it has the key. On the command line `--config.KEY=VALUE`, or
+`--KEY VALUE` for short, changes a key; what is given there wins over every preset.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    """Returns the defaults: a DiT trained with AdamW on the embedded digits."""
+    return ConfigDict(
+        {
+            # Data. `data_dir` is needed where the data set is not embedded.
+            "dataset_name": "digits",
+            "data_dir": "",
+            "image_size": 0,  # pixels; 0: as the data set has it
+            "flip": False,  # random horizontal flip
+            "holdout": 0.1,  # share kept from training, where the data set has no split of its own
+            "use_stable_vae": 0,  # 1: latents of the Stable Diffusion VAE; 0: pixels
+            # Training.
+            "seed": 0,
+            "batch_size": 256,  # over all devices and hosts, accumulation included
+            "accumulation": 1,  # microbatches per step
+            "max_steps": 100_000,
+            "log_interval": 100,  # steps
+            "eval_interval": 10_000,  # steps; sample grids and self-consistency
+            "save_interval": 5_000,  # steps
+            "keep_checkpoints": 2,
+            "objective": "",  # set by the training script
+            "model": {
+                "name": "dit",  # dit or mlp
+                "size": "",  # "B/2" and the like; the keys below win where they are given
+                "depth": placeholder(int),
+                "hidden_size": placeholder(int),
+                "patch_size": placeholder(int),
+                "num_heads": placeholder(int),
+                "mlp_ratio": 4.0,
+                "dropout": 0.0,
+                "class_dropout_prob": 0.1,  # label → null label, for guidance
+                "time_inputs": "t,t-r",  # what the network is told: "t,r", "t,t-r" or "t-r"
+                "dtype": "float32",  # of the computation; parameters stay float32
+                "remat": False,  # recompute each block in the backward pass
+            },
+            "flow_matching": {
+                "time_law": "logit_normal",  # or uniform
+                "time_mean": 0.0,
+                "time_std": 1.0,
+            },
+            "mean_flow": {
+                "time_law": "logit_normal",
+                "time_mean": -0.4,
+                "time_std": 1.0,
+                "interval_share": 0.25,  # share of the batch with r ≠ t
+                "p": 1.0,  # adaptive weight 1 / (error + c)^p
+                "c": 0.01,
+                "omega": 1.0,  # guidance in the target; ω′ = ω / (1 − κ), 1: none
+                "kappa": 0.0,
+                "guidance_interval": (0.0, 1.0),  # times t at which the target is guided
+            },
+            "optimizer": {
+                "lr": 1e-4,
+                "beta1": 0.9,
+                "beta2": 0.95,
+                "weight_decay": 0.0,
+                "warmup_steps": 0,
+                "schedule": "constant",  # or cosine, to 0 at max_steps
+                "clip_norm": 0.0,  # global gradient norm; 0: no clipping
+            },
+            "ema": {"decay": 0.9999, "start_step": 0},
+            "mesh": {"data": -1, "fsdp": 1},  # devices per axis; -1: all the rest
+            # Pictures drawn during training.
+            "sample": {"steps": (1, 32), "num": 64, "guidance": 1.0},
+            "wandb": {"mode": "disabled", "project": "flow", "name": ""},  # offline, online
+            "tensorboard": False,
+        }
+    )
