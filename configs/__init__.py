@@ -1,0 +1,1 @@
+"""One file per data set; each opens with the command that runs it."""

@@ -1,0 +1,1 @@
+"""The mathematics of flow matching and MeanFlow; imports nothing of ours."""

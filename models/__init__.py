@@ -1,0 +1,1 @@
+"""Networks: parameters in, velocity or features out."""

@@ -1,0 +1,1 @@
+"""The only room that imports all others: config → objects → runs."""

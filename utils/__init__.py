@@ -1,0 +1,1 @@
+"""Machinery: data, devices, training, checkpoints, statistics, logs."""

@@ -1,0 +1,155 @@
+"""Command lines: config files, jax-flow's short names, and mistakes told in one line.
+
+`--config=configs/NAME.py[:variant]` names a file, `--config.KEY=VALUE` changes a key. For short, any
+flag that is not defined otherwise means a config key (`--batch_size 64` is
+`--config.batch_size=64`), and where `--config` is left out, `--dataset_name NAME` picks
+`configs/NAME.py`. A key given on the command line wins over every preset.
+"""
+
+import difflib
+import logging
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+DEFAULT_CONFIG = "digits"
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+class UserError(Exception):
+    """A mistake of the user: shown as one line, without a traceback."""
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Parses the flags and calls `main(argv)`; a mistake ends in one line and exit status 2."""
+    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports some 20 lines a save
+    app.run(lambda argv: _told_in_one_line(lambda: main(argv)), flags_parser=_parse)
+
+
+def _told_in_one_line(call: Callable):
+    try:
+        return call()
+    except (UserError, flags.Error) as error:
+        sys.exit(_report(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _report(error: Exception) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    return _told_in_one_line(lambda: parse(list(argv)))
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses `argv` into absl's flags and returns what is left, the program's name.
+
+    Raises:
+      UserError: an unknown flag or key, a value of the wrong type, or a stray word.
+    """
+    if "config" in flags.FLAGS:
+        argv = expand(argv, set(flags.FLAGS))
+        _check_keys(argv)
+        sys.argv = argv  # config_flags reads overrides from there
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(_unknown(error.flagname, list(flags.FLAGS))) from error
+    if rest[1:]:
+        raise UserError(f"stray word {rest[1]!r}: every option starts with --, see --help")
+    return rest
+
+
+def expand(argv: list[str], known: set[str]) -> list[str]:
+    """Rewrites short names: `--KEY VALUE` becomes `--config.KEY=VALUE`, `--config` is filled in."""
+    out, words = [argv[0]], argv[1:]
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.lstrip("-").partition("=")
+        root = name.split(".")[0]
+        if not word.startswith("--") or _is_flag(root, known) and not name.startswith("config."):
+            out.append(word)
+            continue
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        out.append(f"--config.{name.removeprefix('config.')}={value}")
+    if any(word.startswith("--config=") or word == "--config" for word in out):
+        return out
+    return [out[0], f"--config={_default_file(out)}", *out[1:]]
+
+
+def _is_flag(name: str, known: set[str]) -> bool:
+    return name in known or name.removeprefix("no") in known
+
+
+def _default_file(argv: list[str]) -> pathlib.Path:
+    """The config file of the data set named on the command line, else the embedded default's."""
+    prefix = "--config.dataset_name="
+    names = [word.removeprefix(prefix) for word in argv if word.startswith(prefix)]
+    named = CONFIGS / f"{(names or [DEFAULT_CONFIG])[-1]}.py"
+    return named if named.exists() else CONFIGS / f"{DEFAULT_CONFIG}.py"
+
+
+def _check_keys(argv: list[str]) -> None:
+    """Names the nearest key where a config has none of the name given."""
+    paths = [word.partition("=")[0] for word in argv if word.startswith("--config.")]
+    keys = flatten(load_config(_value_of(argv, "--config")))
+    groups = {key.rpartition(".")[0] for key in keys}
+    for path in (path.removeprefix("--config.") for path in paths):
+        if path not in keys and path not in groups:
+            raise UserError(_unknown(path, list(keys)))
+
+
+def _value_of(argv: list[str], flag: str) -> str:
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word == flag or word.startswith(f"{flag}="):
+            return word.partition("=")[2] or following
+    raise UserError(f"{flag} is missing")
+
+
+def _unknown(name: str, names: list[str]) -> str:
+    leaf = name.rpartition(".")[2]
+    near = [n for n in names if n.rpartition(".")[2] == leaf] or difflib.get_close_matches(name, names)
+    near = near or [n for n in names if n.rpartition(".")[2] in difflib.get_close_matches(leaf, [n.rpartition(".")[2] for n in names])]
+    hint = f"did you mean --{near[0]}?" if near else "see --help and configs/base.py"
+    return f"unknown flag or config key --{name}: {hint}"
+
+
+def load_config(file: str) -> ConfigDict:
+    """Returns the config of `FILE.py[:variant]`, without changes from the command line.
+
+    Raises:
+      UserError: no such file or variant.
+    """
+    values, argv = flags.FlagValues(), sys.argv
+    path = pathlib.Path(str(file).partition(":")[0])
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("[!_]*.py") if p.stem != "base"))
+        raise UserError(f"no config file {path}: there are configs/*.py for {known}")
+    try:
+        sys.argv = ["", f"--config={file}"]
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        values(sys.argv)
+        return values["config"].value
+    except ValueError as error:  # a config file's own word on its variants
+        raise UserError(str(error)) from error
+    finally:
+        sys.argv = argv
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    """Returns {"model.depth": value, …}; lists become tuples, so that JSON compares equal."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return flat
