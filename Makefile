@@ -1,0 +1,43 @@
+# Needs make and Python 3.11 to 3.14, no more; `make` alone lists the targets.
+# PYTHON=/path/to/python chooses the interpreter of .venv.
+
+.PHONY: help demo test lint toys mnist setup pins clean
+
+py := .venv/bin/python
+venv := .venv/complete
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: $(venv) ## trains both methods on the embedded digits and compares them by step count
+	$(py) train_flow.py --config=configs/digits.py --workdir=runs/demo/flow_matching
+	$(py) train_meanflow.py --config=configs/digits.py --workdir=runs/demo/mean_flow
+	$(py) eval_fid.py --workdir=runs/demo/flow_matching --workdir=runs/demo/mean_flow \
+	    --steps=1,2,4,8,16,32 --num_samples=2000 --out=runs/demo
+
+test: $(venv) ## all tests
+	$(py) -m pytest
+
+lint: $(venv) ## ruff and mypy
+	$(py) -m ruff check .
+	$(py) -m ruff format --check .
+	$(py) -m mypy
+
+# Extras are lost when .venv is made anew because the pins changed: run this once more.
+setup: $(venv) ## makes .venv; with EXTRAS=cuda (tpu, prepare): those packages too
+	$(if $(EXTRAS),$(py) -m pip install --disable-pip-version-check \
+	    -c requirements.txt -e ".[$(EXTRAS)]")
+
+$(venv): requirements.txt
+	@sh scripts/setup.sh
+
+# Keeps the versions that still fit; UPGRADE=--upgrade takes the newest. environment.yml follows by
+# hand, and a test compares.
+pins: ## writes requirements.txt from pyproject.toml (needs uv)
+	uv pip compile --quiet --universal --no-annotate --no-header --python-version 3.11 $(UPGRADE) \
+	    --extra test --extra wandb --extra tensorboard --extra diffusers \
+	    pyproject.toml --output-file requirements.txt
+
+clean: ## removes .venv and caches; leaves runs/
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
