@@ -1,0 +1,200 @@
+"""Grids of pictures, curves and scatter panels, written as PNG.
+
+matplotlib and Pillow are imported where they are used: both cost start-up time.
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+CELL = 48  # pixels: smaller pictures are enlarged by a whole factor to about this height
+GAP = 2  # pixels of white between pictures
+
+
+class Curve(NamedTuple):
+    """One line of a panel: `y` over `x`, both positive; `y` may hold NaN where nothing is known."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+class Panel(NamedTuple):
+    """One pair of axes: curves, and horizontal lines {label: height}."""
+
+    title: str
+    curves: Sequence[Curve]
+    lines: dict[str, float]
+
+
+class Tile(NamedTuple):
+    """One square of a mosaic: a picture (H, W, C) uint8 or points (n, 2), and words around it."""
+
+    title: str
+    content: np.ndarray
+    caption: str = ""
+
+
+def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Lays pictures out row by row on white.
+
+    Args:
+      images: (n, H, W, C) uint8, C = 1 or 3; pictures below 48 pixels are enlarged.
+      columns: pictures per row; None: as square as possible.
+
+    Returns:
+      uint8 (height, width, C).
+
+    Raises:
+      ValueError: another dtype or shape, or no picture at all.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(f"a grid needs (n, H, W, 1 or 3) uint8, not {images.shape} {images.dtype}")
+    if not len(images):
+        raise ValueError("a grid needs at least one picture")
+    images = _enlarged(images)
+    columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))
+    rows = math.ceil(len(images) / columns)
+    _, height, width, channels = images.shape
+    cells = np.full((rows * columns, height + GAP, width + GAP, channels), 255, np.uint8)
+    cells[: len(images), :height, :width] = images
+    sheet = cells.reshape(rows, columns, height + GAP, width + GAP, channels).swapaxes(1, 2)
+    sheet = sheet.reshape(rows * (height + GAP), columns * (width + GAP), channels)
+    return np.pad(sheet, ((GAP, 0), (GAP, 0), (0, 0)), constant_values=255)
+
+
+def _enlarged(images: np.ndarray) -> np.ndarray:
+    factor = max(1, round(CELL / images.shape[1]))
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
+    """Writes uint8 (H, W), (H, W, 1) or (H, W, 3) as PNG; an older file is replaced at once."""
+    from PIL import Image
+
+    squeezed = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+    _replace(path, lambda file: Image.fromarray(squeezed).save(file, format="png"))
+
+
+def save_grid(path: str | os.PathLike, images: np.ndarray, columns: int | None = None) -> None:
+    """Writes `grid(images, columns)` as PNG."""
+    save_png(path, grid(images, columns))
+
+
+def save_points(path: str | os.PathLike, points: np.ndarray) -> None:
+    """Writes a scatter picture of points (n, 2)."""
+    save_mosaic(path, [[Tile("", points)]])
+
+
+def save_curves(path: str | os.PathLike, panels: Sequence[Panel], ylabel: str) -> None:
+    """Writes panels of distance by step count: log-log axes, ticks at the step counts."""
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    size = (6.4, 4.4) if len(panels) == 1 else (4.2 * columns, 3.4 * rows)
+    figure = _figure(*size)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for ax in list(axes)[len(panels) :]:
+        ax.axis("off")
+    for ax, panel in zip(axes, panels, strict=False):
+        _draw_panel(ax, panel)
+    figure.supxlabel("sampling steps", fontsize=10)
+    figure.supylabel(ylabel, fontsize=10)
+    _save_figure(figure, path)
+
+
+def _draw_panel(ax, panel: Panel) -> None:
+    from matplotlib.ticker import LogFormatter, NullFormatter, NullLocator
+
+    for curve in panel.curves:
+        ax.plot(curve.x, curve.y, marker="o", markersize=4, label=curve.label)
+    for (label, height), style in zip(panel.lines.items(), _line_styles(), strict=False):
+        ax.axhline(height, color="0.35", linewidth=1, linestyle=style, label=label)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    steps = sorted({x for curve in panel.curves for x in curve.x})
+    ax.set_xticks(steps, [f"{x:g}" for x in steps])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(LogFormatter())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.grid(alpha=0.25, which="both")
+    ax.set_title(panel.title, fontsize=10)
+    ax.legend(fontsize=8)
+
+
+def _line_styles() -> list:
+    return ["--", ":", "-.", (0, (6, 2, 1, 2, 1, 2))]
+
+
+def save_mosaic(path: str | os.PathLike, rows: Sequence[Sequence[Tile]], names=()) -> None:
+    """Writes tiles side by side: pictures as they are, points as small dots on equal square axes.
+
+    Args:
+      path: the PNG.
+      rows: tiles; the points of one row share their limits, which the row's first tile sets.
+      names: the rows' names, written at the left; may be empty.
+    """
+    columns = max(map(len, rows))
+    shape = rows[0][0].content.shape
+    aspect = shape[0] / shape[1] if len(shape) == 3 else 1.0
+    width = 2.2 if len(shape) == 2 else 2.6
+    figure = _figure(width * columns + 0.5, len(rows) * (width * aspect + 0.45))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.set_visible(False)
+    for row, tiles in enumerate(rows):
+        for ax, tile in zip(axes[row], tiles, strict=False):
+            _draw_tile(ax, tile, _limits(tiles[0].content))
+    for ax, name in zip(axes[:, 0], names, strict=False):
+        ax.set_ylabel(name, fontsize=10)
+    _save_figure(figure, path)
+
+
+def _draw_tile(ax, tile: Tile, limits: tuple) -> None:
+    ax.set_visible(True)
+    ax.set_title(tile.title, fontsize=9)
+    ax.set_xlabel(tile.caption, fontsize=9)
+    if tile.content.ndim == 3:
+        ax.imshow(tile.content.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
+        ax.spines[:].set_visible(False)
+        return
+    size = min(4.0, max(0.3, 4000 / len(tile.content)))
+    ax.scatter(*tile.content.T, s=size, alpha=0.6, linewidths=0, rasterized=True)
+    ax.set(xlim=limits[0], ylim=limits[1], aspect="equal")
+
+
+def _limits(content: np.ndarray) -> tuple:
+    """A square around points (n, 2), a tenth wider than they are."""
+    if content.ndim != 2:
+        return (None, None), (None, None)
+    low, high = content.min(0), content.max(0)
+    middle, reach = (low + high) / 2, 0.55 * float((high - low).max() or 1.0)
+    return tuple((m - reach, m + reach) for m in middle)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")  # no pyplot: no global state
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save_figure(figure, path: str | os.PathLike) -> None:
+    _replace(path, lambda file: figure.savefig(file, format="png", dpi=130))
+
+
+def _replace(path: str | os.PathLike, write: Callable) -> None:
+    """Writes beside `path`, then renames: a reader never sees half a picture."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("wb") as file:
+        write(file)
+    part.replace(path)
