@@ -38,7 +38,7 @@ elif [ -z "$python" ]; then
     fail "no Python 3.11 to 3.14 found; install one, or name it: make PYTHON=/path/to/python ..."
 fi
 
-echo "setup: installing the pinned packages into .venv ($("$python" --version), 1.2 GB)" >&2
+echo "setup: installing the pinned packages into .venv ($("$python" --version), 1.5 GB)" >&2
 rm -rf .venv
 if command -v uv >/dev/null; then
     uv venv --quiet --seed --python "$python" .venv # --seed: with pip, as the other way has it
