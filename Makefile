@@ -1,19 +1,35 @@
 # Needs make and Python 3.11 to 3.14, no more; `make` alone lists the targets.
 # PYTHON=/path/to/python chooses the interpreter of .venv.
 
-.PHONY: help demo test lint toys mnist setup pins clean
-
 py := .venv/bin/python
 venv := .venv/complete
+toys := checkerboard two_moons spirals swiss_roll eight_gaussians pinwheel
+steps := 1,2,4,8,16,32
+MNIST ?= configs/mnist.py:small
+
+# compare CONFIG, FOLDER, FLAGS: trains both methods, then measures them by step count.
+define compare
+$(py) train_flow.py --config=$(1) --workdir=$(2)/flow_matching
+$(py) train_meanflow.py --config=$(1) --workdir=$(2)/mean_flow
+$(py) eval_fid.py --workdir=$(2)/flow_matching --workdir=$(2)/mean_flow \
+    --steps=$(steps) --out=$(2) $(3)
+endef
+
+.PHONY: help demo toys $(toys) mnist test lint setup pins clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
 
 demo: $(venv) ## trains both methods on the embedded digits and compares them by step count
-	$(py) train_flow.py --config=configs/digits.py --workdir=runs/demo/flow_matching
-	$(py) train_meanflow.py --config=configs/digits.py --workdir=runs/demo/mean_flow
-	$(py) eval_fid.py --workdir=runs/demo/flow_matching --workdir=runs/demo/mean_flow \
-	    --steps=1,2,4,8,16,32 --num_samples=2000 --out=runs/demo
+	$(call compare,configs/digits.py,runs/demo,--num_samples=2000)
+
+toys: $(toys) ## the same on six distributions in the plane; `make two_moons` for one of them
+
+$(toys): $(venv)
+	$(call compare,configs/toy.py:$@,runs/$@)
+
+mnist: $(venv) ## the same on MNIST, for CPU cores; DATA_DIR=mnist.npz, MNIST=configs/mnist.py on a GPU
+	$(call compare,$(MNIST) $(DATA_DIR:%=--data_dir=%),runs/mnist)
 
 test: $(venv) ## all tests
 	$(py) -m pytest
