@@ -1,0 +1,355 @@
+"""Data sets, and endless host-local batches of them.
+
+`load` gives the training part and the held-out part of the data set a config names; the split is
+fixed and knows no seed. `batches` gives batch number `step` as a function of (seed, step), for any
+number of hosts. New data set: a function config → Dataset in `LOADERS`.
+"""
+
+import difflib
+import functools
+import hashlib
+import os
+import pathlib
+import posixpath
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from utils.cli import UserError
+from utils.sources import ArraySource, PictureSource, Source, Tree, open_tree
+from utils.toys import TOYS
+
+_ORDER, _FLIP = 1, 2  # set the random streams of one seed apart
+_TOY_POINTS, _TOY_HELDOUT, _TOY_VERSION = 100_000, 20_000, 1
+
+
+class Dataset(NamedTuple):
+    """What there is to train on, and what is kept from it."""
+
+    name: str
+    train: Source
+    heldout: Source  # not trained on; may be empty
+    num_classes: int  # 0: no labels, every label is 0
+    shape: tuple[int, ...]  # (H, W, C), uint8, or (2,), float32
+    fingerprint: str  # names exactly this data and split, the same on every machine
+
+
+def load(config: ConfigDict) -> Dataset:
+    """Returns the data set `config.dataset_name`, by data_dir, image_size and holdout.
+
+    Raises:
+      UserError: an unknown name, or data that is missing, unreadable or of another size.
+    """
+    name = config.dataset_name
+    if name not in LOADERS:
+        near = difflib.get_close_matches(name, LOADERS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(LOADERS)}"
+        raise UserError(f"unknown dataset_name {name!r}: {hint}")
+    if not 0 <= config.holdout < 1:
+        raise UserError(f"holdout is a share in [0, 1), not {config.holdout}: give --holdout=0.1")
+    if config.use_stable_vae:
+        folder = "" if config.data_dir else " --data_dir=FOLDER"
+        raise UserError(
+            "latents come with prepare_data, which is not there yet: "
+            f"train on pixels with --use_stable_vae=0{folder}"
+        )
+    return LOADERS[name](config)
+
+
+# Batches.
+
+
+def batches(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    flip: bool = False,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields host-local batches for ever, from batch number `start_step` on.
+
+    Each epoch has every item once, in an order of its own; a batch may reach over the end of one.
+    Batch `step` is a function of (seed, step), so that resuming needs the step alone. Host h of H,
+    `shard=(h, H)`, gets places h, h + H, … of the global batch.
+
+    Returns:
+      An iterator of {'x': (batch_size // H, …), 'label': int32, 'position': int32, the place in the
+      global batch}. With `flip`, half of the pictures are mirrored left to right.
+
+    Raises:
+      UserError: no items, a negative seed, points to flip, or hosts that do not divide the batch.
+    """
+    import grain  # here, so that evaluation does without it
+
+    _check(source, batch_size, seed, flip, hosts=shard[1])
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        positions = np.arange(shard[0], batch_size, shard[1])
+        items = source.gather(_order(len(source), batch_size, seed, step)[positions])
+        if flip:
+            mirrored = np.random.default_rng((seed, _FLIP, step)).random(batch_size) < 0.5
+            rows = mirrored[positions]
+            items["x"][rows] = items["x"][rows, :, ::-1]
+        return {**items, "position": positions.astype(np.int32)}
+
+    # Whole batches are grain's items: shuffling single ones in grain costs 10 µs each or more under
+    # Python's lock. One thread fetches ahead; pictures are decoded by threads of their own.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    iterator = iter(grain.MapDataset.range(sys.maxsize).map(batch).to_iter_dataset(options))
+    grain.experimental.set_next_index(iterator, start_step)
+    return iterator
+
+
+def _check(source: Source, batch_size: int, seed: int, flip: bool, hosts: int) -> None:
+    if not len(source):
+        raise UserError("no items to make batches of: see --data_dir and --holdout")
+    if batch_size < 1 or batch_size % hosts:
+        near = max(1, round(batch_size / hosts)) * hosts
+        raise UserError(f"{hosts} hosts do not divide batch {batch_size}: give --batch_size={near}")
+    if seed < 0:
+        raise UserError(f"seed {seed} is negative: give --seed=0 or above")
+    if flip and source[0]["x"].ndim != 3:
+        raise UserError("points have no left and right: give --flip=False")
+
+
+def _order(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Returns which of the `n` items make global batch `step`."""
+    epoch, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
+    return np.concatenate([_permutation(n, seed, e)[place[epoch == e]] for e in np.unique(epoch)])
+
+
+@functools.lru_cache(maxsize=4)  # all steps of an epoch share it
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, _ORDER, int(epoch))).permutation(n)
+
+
+# For evaluation.
+
+
+def arrays(source: Source, indices: Sequence[int] | np.ndarray | None = None) -> dict:
+    """Stacks the items at `indices`, by default all: {'x': (n, …), 'label': int32 (n,)}."""
+    return source.gather(range(len(source)) if indices is None else indices)
+
+
+def chunks(source: Source, size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yields all items in order, stacked `size` at a time; the last chunk may be smaller."""
+    for start in range(0, len(source), size):
+        yield source.gather(range(start, min(start + size, len(source))))
+
+
+# Data sets in memory.
+
+Arrays = tuple[np.ndarray, np.ndarray]  # x (n, …), label (n,)
+
+
+def _digits(config: ConfigDict) -> Dataset:
+    """1797 digits of 8 × 8 pixels, which come with scikit-learn."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    _as_it_is(config, x)
+    # RandomState: its stream is frozen for good, so that no NumPy changes the split.
+    order = np.random.RandomState(0).permutation(len(x))
+    held = round(config.holdout * len(x))
+    heldout, train = np.sort(order[:held]), np.sort(order[held:])
+    return _in_memory(
+        "digits", (x[train], digits.target[train]), (x[heldout], digits.target[heldout]), 10
+    )
+
+
+def _mnist(config: ConfigDict) -> Dataset:
+    """MNIST; its test split is held out."""
+    folder, file = _mnist_places(config.data_dir)
+    train, test = _mnist_npz(file) if file.is_file() else _mnist_tfds(folder)
+    _as_it_is(config, train[0])
+    return _in_memory("mnist", train, test, 10)
+
+
+def _mnist_places(data_dir: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """Returns the TFDS folder and the .npz file to look for, of which the file is preferred."""
+    if data_dir:
+        place = pathlib.Path(data_dir).expanduser()
+        return place, place if place.is_file() else place / "mnist.npz"
+    tfds_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return pathlib.Path(tfds_dir).expanduser(), pathlib.Path("data/mnist.npz")
+
+
+def _mnist_npz(file: pathlib.Path) -> list[Arrays]:
+    names = [f"{split}_{part}" for split in ("train", "test") for part in ("images", "labels")]
+    keras = ["x_train", "y_train", "x_test", "y_test"]
+    try:
+        with np.load(file, allow_pickle=False) as data:
+            x, y, x_test, y_test = (data[k] for k in (names if names[0] in data else keras))
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        wanted = ", ".join(names)
+        raise UserError(f"{file} is no .npz with {wanted} ({error}): see --data_dir") from error
+    return [(x.reshape(-1, 28, 28, 1), y), (x_test.reshape(-1, 28, 28, 1), y_test)]
+
+
+def _mnist_tfds(folder: pathlib.Path) -> list[Arrays]:
+    """Reads MNIST as TFDS prepared it, without TensorFlow."""
+    prepared = [info.parent for info in folder.glob("mnist/*/dataset_info.json")]
+    if not prepared:
+        raise UserError(
+            f"no MNIST in {folder}: give --data_dir=mnist.npz (train_images, train_labels, "
+            "test_images, test_labels) or a TFDS folder with mnist as array_record"
+        )
+    import tensorflow_datasets as tfds
+
+    newest = max(prepared, key=lambda path: tfds.core.Version(path.name))
+    try:
+        splits = tfds.builder_from_directory(newest).as_data_source(["train", "test"])
+    except NotImplementedError as error:
+        raise UserError(
+            f"{newest} cannot be read at random: convert it with tfds convert_format "
+            f"--dataset_version_dir={newest} --out_file_format=array_record"
+        ) from error
+    items = [split.__getitems__(range(len(split))) for split in splits]
+    return [
+        (np.stack([i["image"] for i in split]), np.array([i["label"] for i in split]))
+        for split in items
+    ]
+
+
+def _in_memory(name: str, train: Arrays, heldout: Arrays, num_classes: int) -> Dataset:
+    kept, held = (
+        ArraySource(np.ascontiguousarray(x, np.uint8), np.asarray(label, np.int32))
+        for x, label in (train, heldout)
+    )
+    content = [part for s in (kept, held) for part in (str(s.x.shape), s.x, s.label)]
+    return Dataset(name, kept, held, num_classes, kept.x.shape[1:], fingerprint(*content))
+
+
+def _toy(config: ConfigDict) -> Dataset:
+    name = config.dataset_name
+    if config.image_size:
+        raise UserError(f"{name} has points, not pictures: leave --image_size=0")
+
+    def points(seed: int, n: int) -> ArraySource:
+        x = TOYS[name](np.random.default_rng(seed), n)
+        return ArraySource(x, np.zeros(n, np.int32))
+
+    # Named by recipe: sine and cosine differ between machines in the last bit.
+    recipe = f"{name} {_TOY_POINTS} {_TOY_HELDOUT} version {_TOY_VERSION}"
+    train, heldout = points(0, _TOY_POINTS), points(1, _TOY_HELDOUT)
+    return Dataset(name, train, heldout, 0, (2,), fingerprint(recipe))
+
+
+def _as_it_is(config: ConfigDict, x: np.ndarray) -> None:
+    if config.image_size not in (0, x.shape[1]):
+        name, side = config.dataset_name, x.shape[1]
+        raise UserError(f"{name} is {side} × {side} pixels: give --image_size={side} or leave it")
+
+
+def fingerprint(*content: str | np.ndarray) -> str:
+    """Returns 12 hexadecimal digits that name the content."""
+    digest = hashlib.blake2b(digest_size=6)
+    for part in content:
+        digest.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part).data)
+    return digest.hexdigest()
+
+
+# Pictures in a folder or a .zip.
+
+Labels = tuple[np.ndarray, int]  # int32 (n,), number of classes
+
+
+def _folder(config: ConfigDict) -> Dataset:
+    """Pictures in a folder or a .zip; class sub-folders, where there are, give the labels."""
+    return _pictures(config, config.image_size, _labels_by_folder)
+
+
+def _imagenet256(config: ConfigDict) -> Dataset:
+    """ImageNet as a tree of class folders, named by wnid or by class index."""
+    return _pictures(config, config.image_size or 256, _labels_of_imagenet)
+
+
+def _celebahq256(config: ConfigDict) -> Dataset:
+    """CelebA-HQ, without labels: what folders some copies have are not used."""
+    return _pictures(config, config.image_size or 256, _no_labels)
+
+
+def _pictures(
+    config: ConfigDict, size: int, labels_of: Callable[[Sequence[str]], Labels]
+) -> Dataset:
+    """Pictures under `data_dir`, held out by a hash of their names: new files move no old one."""
+    if not config.data_dir:
+        raise UserError(f"{config.dataset_name} needs --data_dir=FOLDER_OR_ZIP of pictures")
+    tree = open_tree(config.data_dir)
+    files = sorted(tree.sizes)
+    names = _below_common_folder(files)
+    labels, num_classes = labels_of(names)
+    held = np.array([_uniform(name) < config.holdout for name in names])
+    size = size or _side(tree, files[0])
+
+    def part(mask: np.ndarray) -> PictureSource:
+        return PictureSource(tree, [files[i] for i in np.flatnonzero(mask)], labels[mask], size)
+
+    table = zip(names, (tree.sizes[file] for file in files), labels, held, strict=True)
+    name = fingerprint(str(size), "\n".join(" ".join(map(str, row)) for row in table))
+    return Dataset(config.dataset_name, part(~held), part(held), num_classes, (size, size, 3), name)
+
+
+def _below_common_folder(files: list[str]) -> list[str]:
+    """Cuts the folders off that all files share, as around a folder put into a .zip."""
+    common = posixpath.commonpath({posixpath.dirname(file) for file in files})
+    return [file[len(common) :].lstrip("/") for file in files]
+
+
+def _labels_by_folder(names: Sequence[str]) -> Labels:
+    """Classes are the sorted top folders; pictures without folders have no labels."""
+    folders = _top_folders(names)
+    classes = {folder: index for index, folder in enumerate(sorted(set(folders)))}
+    if list(classes) == [""]:
+        return _no_labels(names)
+    if "" in classes:
+        loose = names[folders.index("")]
+        raise UserError(f"{loose} lies beside class folders: put it into one, see --data_dir")
+    if set(classes) <= {"train", "val", "valid", "validation", "test"}:
+        raise UserError(f"data_dir holds {' and '.join(classes)}: give one of these as --data_dir")
+    return np.array([classes[folder] for folder in folders], np.int32), len(classes)
+
+
+def _labels_of_imagenet(names: Sequence[str]) -> Labels:
+    """Folders that are all numbers below 1000 are class indices, though some may be missing."""
+    folders = _top_folders(names)
+    if all(folder.isdecimal() and int(folder) < 1000 for folder in set(folders)):
+        return np.array([int(folder) for folder in folders], np.int32), 1000
+    return _labels_by_folder(names)
+
+
+def _no_labels(names: Sequence[str]) -> Labels:
+    return np.zeros(len(names), np.int32), 0
+
+
+def _top_folders(names: Sequence[str]) -> list[str]:
+    return [name.partition("/")[0] if "/" in name else "" for name in names]
+
+
+def _uniform(name: str) -> float:
+    """Returns a number in [0, 1) that is a function of the name alone."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest()) / 2**64
+
+
+def _side(tree: Tree, file: str) -> int:
+    width, height = tree.picture(file).size
+    if width != height:
+        raise UserError(f"{file} is {width} × {height} pixels: give --image_size=SIDE to crop to")
+    return width
+
+
+LOADERS: dict[str, Callable[[ConfigDict], Dataset]] = {
+    "digits": _digits,
+    "mnist": _mnist,
+    "folder": _folder,
+    "imagenet256": _imagenet256,
+    "celebahq256": _celebahq256,
+    **dict.fromkeys(TOYS, _toy),
+}
