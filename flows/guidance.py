@@ -51,7 +51,7 @@ def guided_target(
         unconditional = network(params, z, t, t, null, None)
     guided += (1 - omega - kappa) * unconditional
     inside = (interval[0] <= t) & (t <= interval[1]) & ~dropped
-    return jax.lax.stop_gradient(jnp.where(like(inside, z) > 0, guided, v))
+    return jax.lax.stop_gradient(jnp.where(like(inside, z), guided, v))
 
 
 def guided_velocity(

@@ -10,6 +10,7 @@ per element, before any weight; `velocity_error` is that at r = t against plain 
 across objectives.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -113,7 +114,9 @@ def normal(keys: Array, x: Array) -> Array:
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
 
 
-def drop_labels(keys: Array, label: Array, probability: float, null_label: int) -> tuple[Array, Array]:
+def drop_labels(
+    keys: Array, label: Array, probability: float, null_label: int
+) -> tuple[Array, Array]:
     """Replaces labels (n,) by the null label with a probability; also says where."""
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
     return jnp.where(dropped, jnp.asarray(null_label, label.dtype), label), dropped
@@ -132,7 +135,7 @@ def error_metrics(error: Array, velocity_error: Array, gap: Array, z: Array) -> 
         "error": _mean_where(everywhere, error / elements),
         "velocity_error": _mean_where(gap == 0, velocity_error / elements),
     }
-    for low, high in zip(GAPS[:-1], GAPS[1:], strict=True):
+    for low, high in itertools.pairwise(GAPS):
         inside = (gap > low) & (gap <= high)
         metrics[f"error_by_gap/{low:g}-{high:g}"] = _mean_where(inside, error / elements)
     return metrics

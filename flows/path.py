@@ -9,9 +9,8 @@ from jax import Array
 
 
 def like(t: Array, z: Array) -> Array:
-    """Returns times (n,) as (n, 1, ..., 1), to multiply with z (n, ...); a scalar stays one."""
-    t = jnp.asarray(t, z.dtype)
-    return t.reshape(t.shape + (1,) * (z.ndim - 1)) if t.ndim else t
+    """Returns a value per sample (n,) as (n, 1, ..., 1), to go with z (n, ...)."""
+    return jnp.reshape(t, t.shape + (1,) * (z.ndim - 1))
 
 
 def interpolate(x: Array, noise: Array, t: Array) -> Array:

@@ -48,4 +48,6 @@ def spans_interval(position: Array, share: float) -> Array:
     """
     part = Fraction(share).limit_denominator(100)
     place = position % part.denominator
-    return (place + 1) * part.numerator // part.denominator > place * part.numerator // part.denominator
+    return (
+        place + 1
+    ) * part.numerator // part.denominator > place * part.numerator // part.denominator

@@ -7,12 +7,11 @@ flag that is not defined otherwise means a config key (`--batch_size 64` is
 """
 
 import difflib
-import logging
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 DEFAULT_CONFIG = "digits"
@@ -25,7 +24,6 @@ class UserError(Exception):
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Parses the flags and calls `main(argv)`; a mistake ends in one line and exit status 2."""
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports some 20 lines a save
     app.run(lambda argv: _told_in_one_line(lambda: main(argv)), flags_parser=_parse)
 
 
@@ -64,6 +62,8 @@ def parse(argv: list[str]) -> list[str]:
         raise UserError(_unknown(error.flagname, list(flags.FLAGS))) from error
     if rest[1:]:
         raise UserError(f"stray word {rest[1]!r}: every option starts with --, see --help")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax reports some 20 lines a save
     return rest
 
 
@@ -116,8 +116,15 @@ def _value_of(argv: list[str], flag: str) -> str:
 
 def _unknown(name: str, names: list[str]) -> str:
     leaf = name.rpartition(".")[2]
-    near = [n for n in names if n.rpartition(".")[2] == leaf] or difflib.get_close_matches(name, names)
-    near = near or [n for n in names if n.rpartition(".")[2] in difflib.get_close_matches(leaf, [n.rpartition(".")[2] for n in names])]
+    near = [n for n in names if n.rpartition(".")[2] == leaf] or difflib.get_close_matches(
+        name, names
+    )
+    near = near or [
+        n
+        for n in names
+        if n.rpartition(".")[2]
+        in difflib.get_close_matches(leaf, [n.rpartition(".")[2] for n in names])
+    ]
     hint = f"did you mean --{near[0]}?" if near else "see --help and configs/base.py"
     return f"unknown flag or config key --{name}: {hint}"
 

@@ -1,0 +1,36 @@
+"""CelebA-HQ at 256×256, without labels, as latents of the Stable Diffusion VAE or as pixels.
+
+  python train_flow.py --config=configs/celebahq256.py --data_dir=DIR        # as jax-flow, B/2
+  python train_meanflow.py --config=configs/celebahq256.py --data_dir=DIR
+  python train_flow.py --config=configs/celebahq256.py:pixels --data_dir=DIR
+
+`pixels` trains on pixels in patches of 8, jax-flow's `--model.patch_size 8 --use_stable_vae 0`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """DiT-B/2 on latents, or B/8 on pixels.
+
+    Raises:
+      ValueError: another variant.
+    """
+    if variant not in ("", "pixels"):
+        raise ValueError(
+            f"configs/celebahq256.py has no variant {variant!r}: leave it out, or :pixels"
+        )
+    config = base.get_config()
+    config.dataset_name = "celebahq256"
+    config.image_size = 256
+    config.use_stable_vae = int(variant != "pixels")
+    config.batch_size = 512
+    config.max_steps = 500_000
+    config.flip = True
+    config.model.update({"size": "B/8" if variant == "pixels" else "B/2"})
+    config.optimizer.update({"beta2": 0.99})
+    config.eval_interval = 20_000
+    config.save_interval = 10_000
+    return config

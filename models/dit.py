@@ -1,0 +1,195 @@
+"""DiT with two times: (z, r, t, label) → velocity (arXiv 2212.09748, and 2505.13447 for r).
+
+Sequence length is height · width / patch². Einsum letters: n sample, h w patches down and across,
+p q pixels within a patch, c channel, d width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from models.layers import Condition, dropout
+
+# depth, hidden_size, num_heads, as DiT names them
+WIDTHS = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "M": (16, 1024, 16),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+SIZES = {
+    f"{name}/{patch}": {
+        "depth": depth,
+        "hidden_size": width,
+        "num_heads": heads,
+        "patch_size": patch,
+    }
+    for name, (depth, width, heads) in WIDTHS.items()
+    for patch in (1, 2, 4, 8)
+}
+
+xavier = nn.initializers.xavier_uniform()
+zeros = nn.initializers.zeros_init()
+
+
+class DiT(nn.Module):
+    """A transformer on patches, modulated by time and label through adaLN-Zero.
+
+    Parameters are float32; `dtype` is that of the blocks' products. Time and label embeddings,
+    normalisation statistics, the softmax and the output stay float32.
+    """
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int
+    num_classes: int = 0
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    time_inputs: str = "t,t-r"
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self, z: Array, r: Array, t: Array, label: Array, dropout_keys: Array | None = None
+    ) -> Array:
+        """Returns u (n, height, width, channels) float32.
+
+        Args:
+          z: (n, height, width, channels) float32, height and width multiples of the patch.
+          r, t: (n,) float32 in [0, 1], r ≤ t.
+          label: (n,) int32, num_classes for none.
+          dropout_keys: (n,) keys; None turns dropout off.
+        """
+        height, width, channels = z.shape[1:]
+        c = Condition(self.hidden_size, self.num_classes, self.time_inputs, name="condition")(
+            r, t, label
+        )
+        c = nn.silu(c).astype(self.dtype)
+        x = patches(z, self.patch_size).astype(self.dtype)
+        x = nn.Dense(self.hidden_size, kernel_init=xavier, dtype=self.dtype, name="patch")(x)
+        grid = height // self.patch_size, width // self.patch_size
+        x += jnp.asarray(positions(*grid, self.hidden_size), self.dtype)[None]
+        x = self._blocks()(x, c, dropout_keys, jnp.arange(self.depth))[0]
+        x = Head(self.patch_size**2 * channels, self.dtype, name="head")(x, c)
+        return pixels(x.astype(jnp.float32), *grid, self.patch_size)
+
+    def _blocks(self) -> nn.Module:
+        """`depth` blocks as one scan: parameters are stacked, compile time is flat in depth."""
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        return nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0),
+            length=self.depth,
+        )(self.num_heads, self.mlp_ratio, self.dropout, self.dtype, name="blocks")
+
+
+class Block(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero)."""
+
+    num_heads: int
+    mlp_ratio: float
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Array, c: Array, dropout_keys: Array | None, layer: Array
+    ) -> tuple[Array, None]:
+        """x (n, tokens, d), c (n, d) → (x, None), as nn.scan wants it."""
+        modulation = modulations(c, 6, self.dtype)
+        shift, scale, gate = modulation[:3]
+        h = Attention(self.num_heads, self.dtype, name="attention")(modulate(x, shift, scale))
+        x += gate * dropout(h, self.dropout, dropout_keys, 2 * layer)
+        shift, scale, gate = modulation[3:]
+        h = MLP(self.mlp_ratio, self.dtype, name="mlp")(modulate(x, shift, scale))
+        x += gate * dropout(h, self.dropout, dropout_keys, 2 * layer + 1)
+        return x, None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. XLA's form: it has a forward-mode rule, fused kernels have none."""
+
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """(n, tokens, d) → (n, tokens, d)."""
+        n, tokens, d = x.shape
+        qkv = nn.Dense(3 * d, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
+        q, k, v = jnp.unstack(qkv.reshape(n, tokens, 3, self.num_heads, -1), axis=2)
+        h = jax.nn.dot_product_attention(q, k, v, implementation="xla")
+        h = h.reshape(n, tokens, d)
+        return nn.Dense(d, kernel_init=xavier, dtype=self.dtype, name="out")(h)
+
+
+class MLP(nn.Module):
+    """Two layers with a GELU (tanh form) between."""
+
+    ratio: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """(n, tokens, d) → (n, tokens, d)."""
+        d = x.shape[-1]
+        h = nn.Dense(int(self.ratio * d), kernel_init=xavier, dtype=self.dtype, name="in")(x)
+        return nn.Dense(d, kernel_init=xavier, dtype=self.dtype, name="out")(nn.gelu(h))
+
+
+class Head(nn.Module):
+    """The last layer: modulated, to pixels, all zero at the start."""
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, c: Array) -> Array:
+        """(n, tokens, d), (n, d) → (n, tokens, features)."""
+        shift, scale = modulations(c, 2, self.dtype)
+        x = modulate(x, shift, scale)
+        return nn.Dense(self.features, kernel_init=zeros, dtype=self.dtype, name="out")(x)
+
+
+def modulations(c: Array, count: int, dtype: jnp.dtype) -> list[Array]:
+    """Returns `count` arrays (n, 1, d) from the condition (n, d), zero at the start."""
+    out = nn.Dense(count * c.shape[-1], kernel_init=zeros, dtype=dtype, name="modulation")(c)
+    return jnp.split(out[:, None], count, axis=-1)
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """Layer norm without parameters, then x · (1 + scale) + shift."""
+    norm = nn.LayerNorm(epsilon=1e-6, use_scale=False, use_bias=False, dtype=x.dtype)
+    return norm(x) * (1 + scale) + shift
+
+
+def patches(z: Array, patch: int) -> Array:
+    """(n, h·p, w·q, c) → (n, h·w, p·q·c)."""
+    n, height, width, channels = z.shape
+    z = z.reshape(n, height // patch, patch, width // patch, patch, channels)
+    return jnp.einsum("nhpwqc->nhwpqc", z).reshape(n, -1, patch * patch * channels)
+
+
+def pixels(x: Array, h: int, w: int, patch: int) -> Array:
+    """(n, h·w, p·q·c) → (n, h·p, w·q, c), the inverse of `patches`."""
+    x = x.reshape(x.shape[0], h, w, patch, patch, -1)
+    return jnp.einsum("nhwpqc->nhpwqc", x).reshape(x.shape[0], h * patch, w * patch, -1)
+
+
+def positions(h: int, w: int, size: int) -> np.ndarray:
+    """Fixed sines and cosines of the patch's column, then its row: float32 (h·w, size)."""
+
+    def along(place: np.ndarray) -> np.ndarray:
+        frequency = 10_000.0 ** (-np.arange(size // 4) / (size // 4))
+        angle = place.reshape(-1, 1) * frequency
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+    rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
+    return np.concatenate([along(columns), along(rows)], axis=1).astype(np.float32)

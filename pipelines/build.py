@@ -1,0 +1,184 @@
+"""From a config to the objects it names. Sizes are resolved here; keys given win over the table."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from ml_collections import ConfigDict
+
+from flows import times
+from flows.guidance import effective_scale
+from flows.objectives import flow_matching, mean_flow
+from models import autoencoder as autoencoders
+from models.dit import SIZES, DiT
+from models.layers import TIME_INPUTS
+from models.mlp import MLP
+from utils.cli import UserError
+
+SIZE_KEYS = ("depth", "hidden_size", "patch_size", "num_heads")
+
+
+class Network(NamedTuple):
+    """A velocity network as pure functions.
+
+    init: key → parameters. apply: (parameters, z, r, t, label, dropout_keys) → u.
+    """
+
+    init: Callable[[Array], Any]
+    apply: Callable
+    null_label: int
+
+
+def network(config: ConfigDict, shape: tuple[int, ...], num_classes: int) -> Network:
+    """The network `config.model` names, for samples of `shape` and labels below `num_classes`.
+
+    Raises:
+      UserError: sizes that are missing, unknown or do not fit.
+    """
+    m = config.model
+    told = [name.strip() for name in m.time_inputs.split(",")]
+    if not set(told) <= set(TIME_INPUTS):
+        raise UserError(
+            f"model.time_inputs={m.time_inputs!r}: a comma-separated choice of t, r, t-r"
+        )
+    common = {
+        "num_classes": num_classes,
+        "mlp_ratio": m.mlp_ratio,
+        "dropout": m.dropout,
+        "time_inputs": m.time_inputs,
+    }
+    if m.name == "dit":
+        sizes = dit_sizes(m, shape)
+        module = DiT(**sizes, **common, dtype=_dtype(m.dtype), remat=m.remat)
+    elif m.name == "mlp":
+        module = MLP(**_given(m, ("depth", "hidden_size")), **common)
+    else:
+        raise UserError(f"model.name={m.name!r}: dit or mlp")
+    z, t = jnp.zeros((1, *shape)), jnp.zeros(1)
+    return Network(
+        init=lambda key: module.init(key, z, t, t, jnp.zeros(1, jnp.int32))["params"],
+        apply=lambda params, *inputs: module.apply({"params": params}, *inputs),
+        null_label=num_classes,
+    )
+
+
+def dit_sizes(model: ConfigDict, shape: tuple[int, ...]) -> dict[str, int]:
+    """Depth, width, heads and patch of a DiT: the table's at `model.size`, then the keys given."""
+    if model.size and model.size not in SIZES:
+        raise UserError(f"model.size={model.size!r}: one of {', '.join(SIZES)}")
+    table = SIZES.get(model.size, {})
+    given = {key: model[key] for key in SIZE_KEYS if model[key] is not None}
+    sizes = table | given
+    missing = [key for key in SIZE_KEYS if key not in sizes]
+    if missing:
+        raise UserError(
+            f"the network's {', '.join(missing)} are not set: --model.size=B/2, or each"
+        )
+    if len(shape) != 3:
+        raise UserError("model.name=dit needs pictures: --model.name=mlp for points")
+    if min(sizes.values()) < 1:
+        raise UserError(f"the network's sizes must be positive: {sizes}")
+    if shape[0] % sizes["patch_size"] or shape[1] % sizes["patch_size"]:
+        raise UserError(
+            f"model.patch_size={sizes['patch_size']} does not divide {shape[0]}x{shape[1]}"
+        )
+    if sizes["hidden_size"] % sizes["num_heads"] or sizes["hidden_size"] % 4:
+        raise UserError(
+            f"model.hidden_size={sizes['hidden_size']} must be a multiple of 4 and of "
+            f"model.num_heads={sizes['num_heads']}"
+        )
+    return sizes
+
+
+def autoencoder(config: ConfigDict, shape: tuple[int, ...]) -> autoencoders.Autoencoder:
+    """What lies between pictures and the flow."""
+    return autoencoders.points() if len(shape) == 1 else autoencoders.pixels()
+
+
+def flow_objective(config: ConfigDict, num_classes: int) -> Callable:
+    """`flows.objectives.flow_matching` with the config's options bound.
+
+    Raises:
+      UserError: options out of range.
+    """
+    if "t" not in config.model.time_inputs.replace("t-r", "").split(",") and "r" not in (
+        config.model.time_inputs.replace("t-r", "").split(",")
+    ):
+        raise UserError("flow matching needs model.time_inputs with t or r: t-r alone is always 0")
+    return partial(
+        flow_matching,
+        time_law=time_law(config.flow_matching, "flow_matching"),
+        **_label_dropout(config, num_classes),
+    )
+
+
+def mean_flow_objective(config: ConfigDict, num_classes: int) -> Callable:
+    """`flows.objectives.mean_flow` with the config's options bound.
+
+    Raises:
+      UserError: options out of range.
+    """
+    m = config.mean_flow
+    if not 0 <= m.interval_share <= 1:
+        raise UserError(f"mean_flow.interval_share={m.interval_share}: a share, from 0 to 1")
+    if not 0 <= m.kappa < 1:
+        raise UserError(f"mean_flow.kappa={m.kappa}: from 0 to below 1")
+    if num_classes == 0 and (m.omega != 1 or m.kappa != 0):
+        raise UserError("guidance needs labels: --mean_flow.omega=1 --mean_flow.kappa=0")
+    return partial(
+        mean_flow,
+        time_law=time_law(m, "mean_flow"),
+        interval_share=m.interval_share,
+        p=m.p,
+        c=m.c,
+        omega=m.omega,
+        kappa=m.kappa,
+        guidance_interval=tuple(m.guidance_interval),
+        **_label_dropout(config, num_classes),
+    )
+
+
+def time_law(section: ConfigDict, name: str) -> times.TimeLaw:
+    """The law of t that a section of the config names."""
+    if section.time_law == "uniform":
+        return times.uniform()
+    if section.time_law == "logit_normal":
+        return times.logit_normal(section.time_mean, section.time_std)
+    raise UserError(f"{name}.time_law={section.time_law!r}: logit_normal or uniform")
+
+
+def trained_guidance(config: ConfigDict) -> float:
+    """ω′: the guidance scale that training put into the network; 1 for none."""
+    if config.objective != "mean_flow":
+        return 1.0
+    return effective_scale(config.mean_flow.omega, config.mean_flow.kappa)
+
+
+def count_parameters(params: Any) -> int:
+    """The number of scalars in a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _label_dropout(config: ConfigDict, num_classes: int) -> dict:
+    if not 0 <= config.model.class_dropout_prob <= 1:
+        raise UserError(f"model.class_dropout_prob={config.model.class_dropout_prob}: from 0 to 1")
+    probability = config.model.class_dropout_prob if num_classes else 0.0
+    return {"class_dropout_prob": probability, "null_label": num_classes}
+
+
+def _given(model: ConfigDict, keys: tuple[str, ...]) -> dict[str, int]:
+    missing = [key for key in keys if model[key] is None]
+    if missing:
+        raise UserError(
+            f"the network's {', '.join(missing)} are not set: give --model.{missing[0]}"
+        )
+    return {key: model[key] for key in keys}
+
+
+def _dtype(name: str) -> Any:
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"model.dtype={name!r}: float32 or bfloat16")
+    return jnp.dtype(name)

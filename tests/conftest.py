@@ -1,0 +1,28 @@
+"""Settings that must stand before jax starts: eight virtual devices, and strict arithmetic."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Fewer threads than virtual devices can hang in a collective's rendezvous.
+os.environ["PJRT_NPROC"] = "32"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def shared() -> pathlib.Path:
+    """The folder of real pictures and weights beside the checkout; absent for most users."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("no folder ../shared with real pictures")
+    return path

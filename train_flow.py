@@ -1,0 +1,33 @@
+"""Trains flow matching.
+
+  python train_flow.py                                              # digits, on any machine
+  python train_flow.py --config=configs/mnist.py --workdir=runs/mnist/flow_matching
+  python train_flow.py --dataset_name imagenet256 --wandb.name DiT-B --model.depth 12 \\
+      --model.hidden_size 768 --model.patch_size 2 --model.num_heads 16 --model.mlp_ratio 4 \\
+      --batch_size 512
+
+The same command again continues a run that was cut short. configs/base.py lists every key.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from utils import cli
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    help_string="configs/NAME.py[:variant]; --config.KEY=VALUE, or --KEY VALUE, changes a key.",
+)
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; default runs/DATASET/OBJECTIVE.")
+
+
+def main(_) -> None:
+    """Config → objective → fit."""
+    from pipelines import build
+    from pipelines.train import train
+
+    train(CONFIG.value, WORKDIR.value, build.flow_objective)
+
+
+if __name__ == "__main__":
+    cli.run(main)

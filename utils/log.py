@@ -1,0 +1,126 @@
+"""Scalars, pictures and progress. Process 0 writes, the others keep silent.
+
+JSON lines (`metrics.jsonl`) and PNG (`samples/`) always; Weights & Biases and TensorBoard when asked.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from utils.cli import UserError
+from utils.figures import save_png
+
+
+class Logger:
+    """Writes a run's scalars and pictures; use it as a context."""
+
+    def __init__(self, workdir: str | os.PathLike, config: ConfigDict, start_step: int = 0):
+        """Opens the logs; lines of steps after `start_step`, from a run cut short, are dropped.
+
+        Raises:
+          UserError: wandb or tensorboardX was asked for and is not installed, or has no key.
+        """
+        self.workdir, self.writes = pathlib.Path(workdir), jax.process_index() == 0
+        self.wandb = self.tensorboard = None
+        if not self.writes:
+            return
+        (self.workdir / "samples").mkdir(parents=True, exist_ok=True)
+        self.path = self.workdir / "metrics.jsonl"
+        _truncate(self.path, start_step)
+        if config.wandb.mode != "disabled":
+            self.wandb = _open_wandb(self.workdir, config)
+        if config.tensorboard:
+            self.tensorboard = _open_tensorboard(self.workdir)
+
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.wandb:
+            self.wandb.finish()
+        if self.tensorboard:
+            self.tensorboard.close()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes one line of scalars; values that are not finite are written as null."""
+        if not self.writes:
+            return
+        finite = {k: float(v) if np.isfinite(v) else None for k, v in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+        if self.wandb:
+            self.wandb.log(finite, step=step)
+        if self.tensorboard:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes an uint8 picture (height, width, channels) to samples/NAME_STEP.png."""
+        if not self.writes:
+            return
+        path = self.workdir / "samples" / f"{name}_{step:07d}.png"
+        save_png(path, image)
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({name: wandb.Image(str(path))}, step=step)
+        if self.tensorboard:
+            self.tensorboard.add_image(name, image, step, dataformats="HWC")
+
+
+def progress(start: int, total: int, unit: str, name: str) -> tqdm:
+    """A progress bar with rate and time left, on standard error, on process 0."""
+    return tqdm(
+        initial=start,
+        total=total,
+        unit=unit,
+        desc=name,
+        dynamic_ncols=True,
+        disable=jax.process_index() != 0,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,  # a log file needs few lines
+    )
+
+
+def _truncate(path: pathlib.Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            kept += [line] if json.loads(line)["step"] <= last_step else []
+        except ValueError:  # cut in mid-line
+            pass
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+def _open_wandb(workdir: pathlib.Path, config: ConfigDict):
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "wandb is not installed: pip install wandb, or --wandb.mode=disabled"
+        ) from error
+    try:
+        return wandb.init(
+            dir=str(workdir),
+            mode=config.wandb.mode,
+            project=config.wandb.project,
+            name=config.wandb.name or None,
+            config=config.to_dict(),
+        )
+    except wandb.Error as error:
+        raise UserError(f"wandb: {error}; --wandb.mode=offline needs no account") from error
+
+
+def _open_tensorboard(workdir: pathlib.Path):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise UserError("tensorboardX is not installed: pip install tensorboardX") from error
+    return SummaryWriter(str(workdir / "tensorboard"))
