@@ -98,8 +98,8 @@ def batches(
             items["x"][rows] = items["x"][rows, :, ::-1]
         return {**items, "position": positions.astype(np.int32)}
 
-    # Whole batches are grain's items: shuffling single ones in grain costs 10 µs each or more under
-    # Python's lock. One thread fetches ahead; pictures are decoded by threads of their own.
+    # Whole batches are grain's items: single ones cost it some 40 µs each under Python's lock, a
+    # step's time for small pictures. One thread fetches ahead; pictures are decoded by more.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     iterator = iter(grain.MapDataset.range(sys.maxsize).map(batch).to_iter_dataset(options))
     grain.experimental.set_next_index(iterator, start_step)
@@ -111,7 +111,9 @@ def _check(source: Source, batch_size: int, seed: int, flip: bool, hosts: int) -
         raise UserError("no items to make batches of: see --data_dir and --holdout")
     if batch_size < 1 or batch_size % hosts:
         near = max(1, round(batch_size / hosts)) * hosts
-        raise UserError(f"{hosts} hosts do not divide batch {batch_size}: give --batch_size={near}")
+        raise UserError(
+            f"batch_size {batch_size} cannot be shared by {hosts} hosts: give --batch_size={near}"
+        )
     if seed < 0:
         raise UserError(f"seed {seed} is negative: give --seed=0 or above")
     if flip and source[0]["x"].ndim != 3:
