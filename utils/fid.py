@@ -12,12 +12,13 @@ import numpy as np
 from jax.lax import Precision
 
 CHUNK = 4096  # rows of either side that are compared at a time
+PROJECTIONS = 128  # directions of the sliced distance
 
 
 class FeatureStats(NamedTuple):
     """Sums over features: enough for mean and covariance, and additive over any split."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     total: np.ndarray  # (d,) float64: the sum of the features
     outer: np.ndarray  # (d, d) float64: the sum of their outer products
 
@@ -38,7 +39,8 @@ class FeatureStats(NamedTuple):
 
     def merge(self, other: "FeatureStats") -> "FeatureStats":
         """Returns the statistics of both sets together."""
-        return FeatureStats(*(a + b for a, b in zip(self, other, strict=True)))
+        total, outer = self.total + other.total, self.outer + other.outer
+        return FeatureStats(self.count + other.count, total, outer)
 
     @property
     def mean(self) -> np.ndarray:
@@ -72,7 +74,7 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
 
 
 def sliced_wasserstein(
-    x: np.ndarray, y: np.ndarray, projections: int = 128, seed: int = 0
+    x: np.ndarray, y: np.ndarray, projections: int = PROJECTIONS, seed: int = 0
 ) -> float:
     """The sliced 2-Wasserstein distance of two point sets in the plane.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 CELL = 48  # pixels: smaller pictures are enlarged by a whole factor to about this height
 GAP = 2  # pixels of white between pictures
+DPI = 130
 
 
 class Curve(NamedTuple):
@@ -40,10 +41,11 @@ class Tile(NamedTuple):
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """Lays pictures out row by row on white.
+    """Lays pictures out row by row on white; points are drawn as dots.
 
     Args:
-      images: (n, H, W, C) uint8, C = 1 or 3; pictures below 48 pixels are enlarged.
+      images: (n, H, W, C) uint8, C = 1 or 3, where pictures below 48 pixels are enlarged; or points
+        (n, 2) of any float dtype.
       columns: pictures per row; None: as square as possible.
 
     Returns:
@@ -53,6 +55,8 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
       ValueError: another dtype or shape, or no picture at all.
     """
     images = np.asarray(images)
+    if images.ndim == 2 and images.shape[1] == 2:
+        return _pixels(_mosaic([[Tile("", images)]]))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"a grid needs (n, H, W, 1 or 3) uint8, not {images.shape} {images.dtype}")
     if not len(images):
@@ -86,51 +90,55 @@ def save_grid(path: str | os.PathLike, images: np.ndarray, columns: int | None =
     save_png(path, grid(images, columns))
 
 
-def save_points(path: str | os.PathLike, points: np.ndarray) -> None:
-    """Writes a scatter picture of points (n, 2)."""
-    save_mosaic(path, [[Tile("", points)]])
-
-
 def save_curves(path: str | os.PathLike, panels: Sequence[Panel], ylabel: str) -> None:
-    """Writes panels of distance by step count: log-log axes, ticks at the step counts."""
+    """Writes panels of distance by step count: log-log axes, ticks at the step counts.
+
+    One legend serves all panels: curves and lines of one label look alike.
+    """
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    size = (6.4, 4.4) if len(panels) == 1 else (4.2 * columns, 3.4 * rows)
+    size = (6.4, 4.8) if len(panels) == 1 else (4.0 * columns, 3.0 * rows + 0.6)
     figure = _figure(*size)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for ax in list(axes)[len(panels) :]:
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(panels) :]:
         ax.axis("off")
+    names = dict.fromkeys(curve.label for panel in panels for curve in panel.curves)
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
     for ax, panel in zip(axes, panels, strict=False):
-        _draw_panel(ax, panel)
+        _draw_panel(ax, panel, colours)
     figure.supxlabel("sampling steps", fontsize=10)
     figure.supylabel(ylabel, fontsize=10)
+    shown = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}  # noqa: B905
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=2, fontsize=9)
     _save_figure(figure, path)
 
 
-def _draw_panel(ax, panel: Panel) -> None:
-    from matplotlib.ticker import LogFormatter, NullFormatter, NullLocator
+def _draw_panel(ax, panel: Panel, colours: dict[str, str]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     for curve in panel.curves:
-        ax.plot(curve.x, curve.y, marker="o", markersize=4, label=curve.label)
+        colour = colours[curve.label]
+        ax.plot(curve.x, curve.y, marker="o", markersize=4, color=colour, label=curve.label)
     for (label, height), style in zip(panel.lines.items(), _line_styles(), strict=False):
         ax.axhline(height, color="0.35", linewidth=1, linestyle=style, label=label)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+    ax.set(xscale="log", yscale="log", title=panel.title)
     steps = sorted({x for curve in panel.curves for x in curve.x})
     ax.set_xticks(steps, [f"{x:g}" for x in steps])
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(LogFormatter())
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.grid(alpha=0.25, which="both")
-    ax.set_title(panel.title, fontsize=10)
-    ax.legend(fontsize=8)
+    ax.grid(alpha=0.25)
+    ax.title.set_fontsize(10)
 
 
 def _line_styles() -> list:
     return ["--", ":", "-.", (0, (6, 2, 1, 2, 1, 2))]
 
 
-def save_mosaic(path: str | os.PathLike, rows: Sequence[Sequence[Tile]], names=()) -> None:
+def save_mosaic(
+    path: str | os.PathLike, rows: Sequence[Sequence[Tile]], names: Sequence[str] = ()
+) -> None:
     """Writes tiles side by side: pictures as they are, points as small dots on equal square axes.
 
     Args:
@@ -138,10 +146,14 @@ def save_mosaic(path: str | os.PathLike, rows: Sequence[Sequence[Tile]], names=(
       rows: tiles; the points of one row share their limits, which the row's first tile sets.
       names: the rows' names, written at the left; may be empty.
     """
+    _save_figure(_mosaic(rows, names), path)
+
+
+def _mosaic(rows: Sequence[Sequence[Tile]], names: Sequence[str] = ()):
     columns = max(map(len, rows))
     shape = rows[0][0].content.shape
     aspect = shape[0] / shape[1] if len(shape) == 3 else 1.0
-    width = 2.2 if len(shape) == 2 else 2.6
+    width = 2.2
     figure = _figure(width * columns + 0.5, len(rows) * (width * aspect + 0.45))
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for ax in axes.flat:
@@ -152,7 +164,7 @@ def save_mosaic(path: str | os.PathLike, rows: Sequence[Sequence[Tile]], names=(
             _draw_tile(ax, tile, _limits(tiles[0].content))
     for ax, name in zip(axes[:, 0], names, strict=False):
         ax.set_ylabel(name, fontsize=10)
-    _save_figure(figure, path)
+    return figure
 
 
 def _draw_tile(ax, tile: Tile, limits: tuple) -> None:
@@ -160,7 +172,8 @@ def _draw_tile(ax, tile: Tile, limits: tuple) -> None:
     ax.set_title(tile.title, fontsize=9)
     ax.set_xlabel(tile.caption, fontsize=9)
     if tile.content.ndim == 3:
-        ax.imshow(tile.content.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
+        image = tile.content.squeeze()
+        ax.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
         ax.spines[:].set_visible(False)
         return
     size = min(4.0, max(0.3, 4000 / len(tile.content)))
@@ -186,8 +199,14 @@ def _figure(width: float, height: float):
     return figure
 
 
+def _pixels(figure) -> np.ndarray:
+    figure.set_dpi(DPI)
+    figure.canvas.draw()
+    return np.array(figure.canvas.buffer_rgba())[..., :3]
+
+
 def _save_figure(figure, path: str | os.PathLike) -> None:
-    _replace(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    _replace(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
 
 
 def _replace(path: str | os.PathLike, write: Callable) -> None:
