@@ -9,16 +9,9 @@
 The same command again continues a run that was cut short. configs/base.py lists every key.
 """
 
-from absl import flags
-from ml_collections import config_flags
-
 from utils import cli
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    help_string="configs/NAME.py[:variant]; --config.KEY=VALUE, or --KEY VALUE, changes a key.",
-)
-WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; default runs/DATASET/OBJECTIVE.")
+CONFIG, WORKDIR = cli.define_run_flags()
 
 
 def main(_) -> None:

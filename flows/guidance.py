@@ -68,15 +68,14 @@ def guided_velocity(
     scale 1 everywhere, it is u(c) from a single call.
     """
 
-    def times(z, *scalars):
-        return tuple(jnp.broadcast_to(t, z.shape[:1]) for t in scalars)
+    def plain(z: Array, r: Array, t: Array) -> Array:
+        r, t = (jnp.broadcast_to(time, z.shape[:1]) for time in (r, t))
+        return network(params, z, r, t, label, None)
 
-    def plain(z, r, t):
-        return network(params, z, *times(z, r, t), label, None)
-
-    def guided(z, r, t):
+    def guided(z: Array, r: Array, t: Array) -> Array:
+        r, t = (jnp.broadcast_to(time, z.shape[:1]) for time in (r, t))
         null = jnp.full_like(label, null_label)
-        conditional, unconditional = _both(network, params, z, *times(z, r, t), label, null)
+        conditional, unconditional = _both(network, params, z, r, t, label, null)
         return unconditional + scale * (conditional - unconditional)
 
     if scale == 1:
@@ -96,6 +95,7 @@ def _inside(t, interval):
 
 def _both(network, params, z, r, t, label, null) -> tuple[Array, Array]:
     """u(z, r, t | label) and u(z, r, t | null), from one doubled batch."""
-    doubled = (jnp.concatenate([a, a]) for a in (z, r, t))
-    u = network(params, *doubled, jnp.concatenate([label, null]), None)
-    return tuple(jnp.split(u, 2))
+    z, r, t = (jnp.concatenate([a, a]) for a in (z, r, t))
+    u = network(params, z, r, t, jnp.concatenate([label, null]), None)
+    conditional, unconditional = jnp.split(u, 2)
+    return conditional, unconditional

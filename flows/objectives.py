@@ -1,7 +1,7 @@
 """The objectives: what a network u(z, r, t) is trained on.
 
-`objective(network, params, batch, key) -> (loss, metrics)`, where `network(params, z, r, t, label,
-dropout_keys)` gives u, the batch holds x (n, ...), label (n,) and position (n,), and every metric is
+`objective(network, params, batch, key) -> (loss, metrics)`. There `network(params, z, r, t, label,
+dropout_keys)` gives u, the batch holds x (n, ...), label (n,) and position (n,), and each metric is
 a pair (total, count), so that microbatches and devices add up. Each sample draws from a key folded
 with its position in the global batch.
 

@@ -24,7 +24,7 @@ class Autoencoder(NamedTuple):
 
 
 def pixels() -> Autoencoder:
-    """uint8 pictures as x in [−1, 1]; back by clip(trunc(127.5 x + 128)), as files would hold it."""
+    """uint8 pictures as x in [−1, 1]; back by clip(trunc(127.5 x + 128)), as files hold them."""
     return Autoencoder(
         moments=lambda picture: picture,
         sample=lambda picture, keys: picture.astype(jnp.float32) / 127.5 - 1,

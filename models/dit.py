@@ -114,7 +114,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. XLA's form: it has a forward-mode rule, fused kernels have none."""
+    """Multi-head self-attention, in XLA's form: fused kernels have no forward-mode rule."""
 
     num_heads: int
     dtype: jnp.dtype

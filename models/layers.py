@@ -49,7 +49,9 @@ class Condition(nn.Module):
         """See the class; r, t (n,) float32, label (n,) int32."""
         times = {"t": t, "r": r, "t-r": t - r}
         told = [name.strip() for name in self.time_inputs.split(",")]
-        c = sum(TimeEmbedder(self.hidden_size, name=f"time_{name}")(times[name]) for name in told)
+        c = jnp.zeros((t.shape[0], self.hidden_size))
+        for name in told:
+            c += TimeEmbedder(self.hidden_size, name=f"time_{name}")(times[name])
         if self.num_classes:
             table = nn.Embed(
                 self.num_classes + 1,
@@ -61,7 +63,7 @@ class Condition(nn.Module):
         return c
 
 
-def dropout(x: Array, rate: float, keys: Array | None, layer: Array) -> Array:
+def dropout(x: Array, rate: float, keys: Array | None, layer: Array | int) -> Array:
     """Dropout with one key (n,) per sample, so that a sample's mask is its own; off without keys.
 
     Args:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -38,31 +39,38 @@ def network(config: ConfigDict, shape: tuple[int, ...], num_classes: int) -> Net
     Raises:
       UserError: sizes that are missing, unknown or do not fit.
     """
-    m = config.model
-    told = [name.strip() for name in m.time_inputs.split(",")]
-    if not set(told) <= set(TIME_INPUTS):
-        raise UserError(
-            f"model.time_inputs={m.time_inputs!r}: a comma-separated choice of t, r, t-r"
-        )
-    common = {
-        "num_classes": num_classes,
-        "mlp_ratio": m.mlp_ratio,
-        "dropout": m.dropout,
-        "time_inputs": m.time_inputs,
-    }
-    if m.name == "dit":
-        sizes = dit_sizes(m, shape)
-        module = DiT(**sizes, **common, dtype=_dtype(m.dtype), remat=m.remat)
-    elif m.name == "mlp":
-        module = MLP(**_given(m, ("depth", "hidden_size")), **common)
-    else:
-        raise UserError(f"model.name={m.name!r}: dit or mlp")
     z, t = jnp.zeros((1, *shape)), jnp.zeros(1)
+    module = _module(config.model, shape, num_classes)
     return Network(
         init=lambda key: module.init(key, z, t, t, jnp.zeros(1, jnp.int32))["params"],
         apply=lambda params, *inputs: module.apply({"params": params}, *inputs),
         null_label=num_classes,
     )
+
+
+def _module(model: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    if not set(told(model)) <= set(TIME_INPUTS):
+        raise UserError(f"model.time_inputs={model.time_inputs!r}: a choice of t,r,t-r")
+    if not 0 <= model.dropout < 1:
+        raise UserError(f"model.dropout={model.dropout}: from 0 to below 1")
+    common: dict[str, Any] = {
+        "num_classes": num_classes,
+        "mlp_ratio": model.mlp_ratio,
+        "dropout": model.dropout,
+        "time_inputs": model.time_inputs,
+    }
+    if model.name == "dit":
+        common |= dit_sizes(model, shape)
+        return DiT(**common, dtype=_dtype(model.dtype), remat=model.remat)
+    if model.name == "mlp":
+        common |= _given(model, ("depth", "hidden_size"))
+        return MLP(**common)
+    raise UserError(f"model.name={model.name!r}: dit or mlp")
+
+
+def told(model: ConfigDict) -> list[str]:
+    """The times a network is told, of t, r and t-r."""
+    return [name.strip() for name in model.time_inputs.split(",")]
 
 
 def dit_sizes(model: ConfigDict, shape: tuple[int, ...]) -> dict[str, int]:
@@ -104,9 +112,7 @@ def flow_objective(config: ConfigDict, num_classes: int) -> Callable:
     Raises:
       UserError: options out of range.
     """
-    if "t" not in config.model.time_inputs.replace("t-r", "").split(",") and "r" not in (
-        config.model.time_inputs.replace("t-r", "").split(",")
-    ):
+    if told(config.model) == ["t-r"]:
         raise UserError("flow matching needs model.time_inputs with t or r: t-r alone is always 0")
     return partial(
         flow_matching,

@@ -216,7 +216,7 @@ def _load(path: pathlib.Path) -> tuple[dict, float, FeatureStats] | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = dict(file)
         accuracy = float(arrays.pop("accuracy"))
         stats = FeatureStats(*(arrays.pop(name) for name in FeatureStats._fields))

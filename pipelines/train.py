@@ -20,7 +20,8 @@ from utils import data, flops
 from utils.cli import UserError, flatten
 from utils.figures import grid
 from utils.log import Logger
-from utils.train import TrainState, fit
+from utils.sharding import make_mesh
+from utils.train import TrainState, check_batch, fit
 
 # What may change between the parts of a run; everything else makes it another run.
 FREE = ("data_dir", "max_steps", "log_interval", "eval_interval", "save_interval",
@@ -42,6 +43,8 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
     path = pathlib.Path(workdir or f"runs/{config.dataset_name}/{config.objective}")
     network = build.network(config, dataset.shape, dataset.num_classes)
     encode = build.autoencoder(config, dataset.shape).sample
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    check_batch(config, mesh)
     check_workdir(path, config)
     card = make_card(config, dataset, network, objective)
     write_json(path / "config.json", config.to_dict())
@@ -50,6 +53,7 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
         config,
         network.apply,
         objective,
+        mesh=mesh,
         init=network.init,
         batches=functools.partial(batches, config, dataset),
         encode=encode,

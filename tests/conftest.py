@@ -13,10 +13,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import pytest
 
+ROOT = pathlib.Path(__file__).parents[1]
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-
-ROOT = pathlib.Path(__file__).parents[1]
+# What several tests compile is compiled once, and not again in the next run.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture
@@ -26,3 +29,10 @@ def shared() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip("no folder ../shared with real pictures")
     return path
+
+
+@pytest.fixture
+def standard_promotion():
+    """Types promoted as usual, for code that goes through optax, which counts on it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

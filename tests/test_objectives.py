@@ -217,7 +217,7 @@ def test_label_dropout_is_independent_of_the_interval():
 
 
 def test_what_a_sample_draws_depends_on_its_position_alone():
-    network, params, batch = mlp()
+    batch = mlp()[2]
     part = {k: v[2:5] for k, v in batch.items()}
     whole, some = (SampleKeys.of(KEY, b["position"]) for b in (batch, part))
     np.testing.assert_array_equal(

@@ -1,9 +1,9 @@
 """Command lines: config files, jax-flow's short names, and mistakes told in one line.
 
-`--config=configs/NAME.py[:variant]` names a file, `--config.KEY=VALUE` changes a key. For short, any
-flag that is not defined otherwise means a config key (`--batch_size 64` is
-`--config.batch_size=64`), and where `--config` is left out, `--dataset_name NAME` picks
-`configs/NAME.py`. A key given on the command line wins over every preset.
+`--config=configs/NAME.py[:variant]` names a file, `--config.KEY=VALUE` changes a key. For short,
+any flag not defined otherwise means a config key: `--batch_size 64` is `--config.batch_size=64`.
+Where `--config` is left out, `--dataset_name NAME` picks `configs/NAME.py`. A key given on the
+command line wins over every preset.
 """
 
 import difflib
@@ -20,6 +20,17 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 class UserError(Exception):
     """A mistake of the user: shown as one line, without a traceback."""
+
+
+def define_run_flags() -> tuple[flags.FlagHolder, flags.FlagHolder]:
+    """Defines the flags of the training scripts, --config and --workdir."""
+    config = config_flags.DEFINE_config_file(
+        "config",
+        help_string="configs/NAME.py[:variant]; --config.KEY=VALUE, or --KEY VALUE, changes a key.",
+    )
+    return config, flags.DEFINE_string(
+        "workdir", "", "Folder of the run; default runs/DATASET/OBJECTIVE."
+    )
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -54,7 +65,7 @@ def parse(argv: list[str]) -> list[str]:
     """
     if "config" in flags.FLAGS:
         argv = expand(argv, set(flags.FLAGS))
-        _check_keys(argv)
+        check_keys(argv)
         sys.argv = argv  # config_flags reads overrides from there
     try:
         rest = flags.FLAGS(argv)
@@ -74,7 +85,8 @@ def expand(argv: list[str], known: set[str]) -> list[str]:
         word = words.pop(0)
         name, equals, value = word.lstrip("-").partition("=")
         root = name.split(".")[0]
-        if not word.startswith("--") or _is_flag(root, known) and not name.startswith("config."):
+        is_key = name.startswith("config.") or not _is_flag(root, known)
+        if not (word.startswith("--") and is_key):
             out.append(word)
             continue
         if not equals:
@@ -97,14 +109,14 @@ def _default_file(argv: list[str]) -> pathlib.Path:
     return named if named.exists() else CONFIGS / f"{DEFAULT_CONFIG}.py"
 
 
-def _check_keys(argv: list[str]) -> None:
+def check_keys(argv: list[str]) -> None:
     """Names the nearest key where a config has none of the name given."""
     paths = [word.partition("=")[0] for word in argv if word.startswith("--config.")]
     keys = flatten(load_config(_value_of(argv, "--config")))
     groups = {key.rpartition(".")[0] for key in keys}
     for path in (path.removeprefix("--config.") for path in paths):
         if path not in keys and path not in groups:
-            raise UserError(_unknown(path, list(keys)))
+            raise UserError(_unknown(path, [*keys, *flags.FLAGS]))
 
 
 def _value_of(argv: list[str], flag: str) -> str:
@@ -115,16 +127,12 @@ def _value_of(argv: list[str], flag: str) -> str:
 
 
 def _unknown(name: str, names: list[str]) -> str:
+    """Says what was meant: the key with that last part, or the one spelt most alike."""
+    last = {n: n.rpartition(".")[2] for n in names}
     leaf = name.rpartition(".")[2]
-    near = [n for n in names if n.rpartition(".")[2] == leaf] or difflib.get_close_matches(
-        name, names
-    )
-    near = near or [
-        n
-        for n in names
-        if n.rpartition(".")[2]
-        in difflib.get_close_matches(leaf, [n.rpartition(".")[2] for n in names])
-    ]
+    alike = difflib.get_close_matches(leaf, last.values())
+    near = [n for n in names if last[n] == leaf] or difflib.get_close_matches(name, names)
+    near = near or [n for n in names if last[n] in alike]
     hint = f"did you mean --{near[0]}?" if near else "see --help and configs/base.py"
     return f"unknown flag or config key --{name}: {hint}"
 
@@ -153,7 +161,7 @@ def load_config(file: str) -> ConfigDict:
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, object]:
     """Returns {"model.depth": value, …}; lists become tuples, so that JSON compares equal."""
-    flat = {}
+    flat: dict[str, object] = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             flat |= flatten(value, f"{prefix}{key}.")

@@ -1,6 +1,6 @@
 """Scalars, pictures and progress. Process 0 writes, the others keep silent.
 
-JSON lines (`metrics.jsonl`) and PNG (`samples/`) always; Weights & Biases and TensorBoard when asked.
+JSON lines (`metrics.jsonl`) and PNG (`samples/`) always; wandb and TensorBoard when asked.
 """
 
 import json
@@ -88,15 +88,11 @@ def progress(start: int, total: int, unit: str, name: str) -> tqdm:
 
 
 def _truncate(path: pathlib.Path, last_step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            kept += [line] if json.loads(line)["step"] <= last_step else []
-        except ValueError:  # cut in mid-line
-            pass
-    path.write_text("".join(line + "\n" for line in kept))
+    """Drops the lines after `last_step`, and one cut in its middle."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        whole = (line for line in lines if line.endswith("}\n"))
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= last_step))
 
 
 def _open_wandb(workdir: pathlib.Path, config: ConfigDict):

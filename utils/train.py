@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from utils.checkpoint import Checkpoints
 from utils.cli import UserError
 from utils.log import Logger, progress
-from utils.sharding import abstract_state, batch_sharding, born_sharded, make_mesh, to_global
+from utils.sharding import abstract_state, batch_sharding, born_sharded, to_global
 
 Objective = Callable[[Callable, Any, dict, Array], tuple[Array, dict]]
 Evaluation = Callable[["TrainState", Logger], None]
@@ -84,7 +84,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, state.step, config.ema.start_step)
         metrics = {name: total / count for name, (total, count) in metrics.items()}
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["lr"] = jnp.asarray(schedule(state.step))
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
@@ -139,6 +139,7 @@ def fit(
     network: Callable,
     objective: Objective,
     *,
+    mesh: Mesh,
     init: Callable[[Array], Any],
     batches: Callable[[int], Iterator[dict]],
     encode: Callable,
@@ -149,15 +150,14 @@ def fit(
 
     Args:
       network: (params, z, r, t, label, dropout_keys) → u.
+      mesh: the devices, `make_mesh`.
       init: key → parameters.
       batches: start step → endless host-local batches {x, label, position}.
       encode: (moments, keys) → x.
       evaluate: (state, logger), called every `config.eval_interval` steps and at the end.
     Raises:
-      UserError: sizes that do not fit the devices, a damaged checkpoint, a loss not finite.
+      UserError: a damaged checkpoint, a loss that is not finite.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    check_batch(config, mesh)
     step = make_step(config, network, objective, encode, mesh)
     with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
         state = start(config, init, mesh, checkpoints)
@@ -202,7 +202,7 @@ def check_batch(config: ConfigDict, mesh: Mesh) -> None:
     if config.accumulation < 1 or config.batch_size < 1 or config.batch_size % parts:
         raise UserError(
             f"batch_size={config.batch_size} must be a positive multiple of devices x accumulation "
-            f"= {mesh.size} x {config.accumulation}: choose --batch_size={max(parts, 1)} or a multiple"
+            f"= {mesh.size} x {config.accumulation}: give --batch_size={max(parts, 1)} or more"
         )
 
 
@@ -258,8 +258,8 @@ def check_finite(number: int, values: dict[str, float]) -> None:
     """Raises UserError where a step's loss or gradient is not finite."""
     if not np.isfinite([values["loss"], values["grad_norm"]]).all():
         raise UserError(
-            f"step {number} has loss {values['loss']:g} and gradient norm {values['grad_norm']:g}; "
-            "the checkpoints before it are intact: lower --optimizer.lr or set --optimizer.clip_norm=1"
+            f"step {number} has loss {values['loss']:g}, gradient norm {values['grad_norm']:g}: "
+            "lower --optimizer.lr or set --optimizer.clip_norm=1; the last checkpoint is intact"
         )
 
 

@@ -1,0 +1,163 @@
+"""The command lines as a user types them: what they build, and what a mistake is told."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from absl import flags
+
+from configs import base
+from pipelines import build
+from utils import cli
+
+ROOT = pathlib.Path(__file__).parents[1]
+JAX_FLOW = (
+    "--dataset_name {} --wandb.name DiT-B --model.depth 12 --model.hidden_size 768 "
+    "--model.patch_size {} --model.num_heads 16 --model.mlp_ratio 4 --batch_size 512 {}"
+)
+
+
+def config_of(line: str):
+    """The config that a training command builds, by the same expansion and library."""
+    argv = cli.expand(["train_flow.py", *line.split()], {"workdir", "config"})
+    cli.check_keys(argv)
+    values, sys_argv = flags.FlagValues(), sys.argv
+    try:
+        sys.argv = argv
+        cli.config_flags.DEFINE_config_file("config", flag_values=values)
+        assert values(argv)[1:] == []
+        return values["config"].value
+    finally:
+        sys.argv = sys_argv
+
+
+@pytest.mark.parametrize(
+    ("dataset", "patch", "rest", "shape", "classes"),
+    [
+        ("imagenet256", 2, "", (32, 32, 4), 1000),
+        ("celebahq256", 2, "", (32, 32, 4), 0),
+        ("celebahq256", 8, "--use_stable_vae 0", (256, 256, 3), 0),
+    ],
+)
+def test_jax_flows_commands_build_the_sizes_they_name(dataset, patch, rest, shape, classes):
+    config = config_of(JAX_FLOW.format(dataset, patch, rest))
+    assert config.dataset_name == dataset and config.batch_size == 512
+    assert config.wandb.name == "DiT-B" and config.use_stable_vae == int(not rest)
+    sizes = {"depth": 12, "hidden_size": 768, "num_heads": 16, "patch_size": patch}
+    assert build.dit_sizes(config.model, shape) == sizes
+    network = build.network(config, shape, classes)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    assert params["patch"]["kernel"].shape == (patch**2 * shape[-1], 768)
+    assert params["blocks"]["attention"]["qkv"]["kernel"].shape == (12, 768, 3 * 768)
+    assert params["blocks"]["mlp"]["in"]["kernel"].shape == (12, 768, 4 * 768)
+    assert ("label" in params["condition"]) == bool(classes)
+
+
+def test_a_flag_wins_over_a_preset():
+    config = config_of(
+        "--config=configs/imagenet256.py:meanflow_xl2 --model.depth 3 --batch_size=8"
+    )
+    sizes = build.dit_sizes(config.model, (32, 32, 4))
+    assert sizes == {"depth": 3, "hidden_size": 1152, "num_heads": 16, "patch_size": 2}
+    assert config.batch_size == 8 and config.mean_flow.kappa == 0.92
+
+
+@pytest.mark.parametrize("variant", ["b4", "b2", "m2", "l2", "xl2", "xl2plus"])
+def test_published_recipes(variant):
+    config = config_of(f"--config=configs/imagenet256.py:meanflow_{variant}")
+    assert build.mean_flow_objective(config, 1000).keywords["interval_share"] == 0.25
+    config.objective = "mean_flow"
+    expected = 2.5 if variant in ("l2", "xl2") else 2.0
+    assert build.trained_guidance(config) == pytest.approx(expected)
+
+
+def test_without_flags_the_embedded_digits():
+    config = config_of("")
+    assert config.dataset_name == "digits" and config.objective == ""
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("[!_]*.py")), ids=lambda f: f.stem)
+def test_every_config_has_the_keys_of_the_base(file):
+    keys = cli.flatten(base.get_config()).keys()
+    assert cli.flatten(cli.load_config(str(file))).keys() == keys
+
+
+def run(line: str, cwd=ROOT) -> subprocess.CompletedProcess:
+    words = [sys.executable, *line.split()]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+MISTAKES = {
+    "unknown key": ("train_flow.py --config.model.dpeth=3", "did you mean --model.depth?"),
+    "unknown short key": ("train_flow.py --model.lr 1e-4", "did you mean --optimizer.lr?"),
+    "misspelt flag": ("train_flow.py --wrkdir=x", "did you mean --workdir?"),
+    "misspelt flag of the evaluator": ("eval_fid.py --stesp=1", "did you mean --steps?"),
+    "wrong type": ("train_flow.py --batch_size=many", "invalid literal for int()"),
+    "stray word": ("train_flow.py digits", "stray word 'digits'"),
+    "no such config": (
+        "train_flow.py --config=configs/dgits.py",
+        "no config file",
+    ),
+    "no such variant": ("train_flow.py --config=configs/toy.py:moon", "one of checkerboard"),
+    "no such data set": ("train_flow.py --dataset_name dgits", "did you mean digits?"),
+    "missing data": ("train_flow.py --config=configs/mnist.py --data_dir=no/where", "no/where"),
+    "missing pictures": ("train_flow.py --config=configs/folder.py", "--data_dir"),
+    "latents": ("train_flow.py --dataset_name imagenet256 --data_dir=x", "--use_stable_vae=0"),
+    "batch and devices": (
+        "train_flow.py --batch_size=100 --accumulation=8",
+        "--batch_size=64",
+    ),
+    "mesh": ("train_flow.py --mesh.data=3", "mesh.data=3"),
+    "unknown size": ("train_flow.py --model.size=B/3", "one of S/1"),
+    "patch": ("train_flow.py --model.patch_size=3", "does not divide 8x8"),
+    "heads": ("train_flow.py --model.num_heads=3", "multiple of 4 and of model.num_heads=3"),
+    "share": ("train_meanflow.py --mean_flow.interval_share=2", "from 0 to 1"),
+    "kappa": ("train_meanflow.py --mean_flow.kappa=1", "from 0 to below 1"),
+    "guidance without labels": (
+        "train_meanflow.py --config=configs/toy.py --mean_flow.omega=2",
+        "guidance needs labels",
+    ),
+    "time law": ("train_flow.py --flow_matching.time_law=beta", "logit_normal or uniform"),
+    "missing checkpoint": ("eval_fid.py --workdir=no/where --out=x", "no/where"),
+}
+
+
+@pytest.mark.parametrize(("line", "told"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_told_in_one_line(line, told, tmp_path):
+    words = line.split()
+    if words[0].startswith("train") and "wrkdir" not in line:
+        words.append(f"--workdir={tmp_path}/run")
+    result = run(" ".join(words))
+    lines = [s for s in result.stderr.splitlines() if s.strip()]
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], result.stderr
+    assert not any(tmp_path.rglob("*.json"))
+
+
+def test_help_teaches_the_command():
+    result = run("train_meanflow.py --help")
+    assert "python train_meanflow.py --config=configs/mnist.py" in result.stdout
+    assert "--workdir" in result.stdout
+
+
+def test_a_run_from_the_command_line(tmp_path):
+    line = (
+        f"train_flow.py --config=configs/toy.py:two_moons --workdir={tmp_path}/run --max_steps=4 "
+        "--batch_size=16 --model.hidden_size=8 --log_interval=2 --wandb.mode=offline --tensorboard"
+    )
+    result = run(line)
+    assert result.returncode == 0, result.stderr
+    run_dir = tmp_path / "run"
+    assert json.loads((run_dir / "config.json").read_text())["objective"] == "flow_matching"
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 2
+    for place in (
+        "samples/steps_1_0000004.png",
+        "tensorboard",
+        "wandb",
+        "checkpoints/4",
+        "card.json",
+    ):
+        assert (run_dir / place).exists(), place
