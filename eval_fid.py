@@ -8,7 +8,6 @@ gets results.md, results.csv, results.png (distance by step count), samples.png 
 samples per run and step count.
 """
 
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -35,9 +34,8 @@ CACHE_DIR = flags.DEFINE_string("cache_dir", "runs/cache", "Keeps classifiers an
 DATA_DIR = flags.DEFINE_string("data_dir", "", "The data set, if not where the run found it.")
 
 
-def main(argv: Sequence[str]) -> None:
+def main(_: Sequence[str]) -> None:
     """Measures every run and prints the table."""
-    del argv
     plan = sweep.Plan(
         steps=_numbers("steps", STEPS.value, int),
         guidance=_numbers("guidance", GUIDANCE.value, float),
@@ -45,9 +43,11 @@ def main(argv: Sequence[str]) -> None:
         batch_size=BATCH_SIZE.value,
         seed=SEED.value,
     )
-    runs = {name: FlowPipeline.from_pretrained(path) for name, path in _names().items()}
-    for pipeline in runs.values() if DATA_DIR.value else []:
-        pipeline.config.data_dir = DATA_DIR.value
+    names = sweep.run_names(WORKDIR.value)
+    runs = {name: FlowPipeline.from_pretrained(path) for name, path in names.items()}
+    if DATA_DIR.value:
+        for pipeline in runs.values():
+            pipeline.config.data_dir = DATA_DIR.value
     print(sweep.evaluate(runs, plan, OUT.value, CACHE_DIR.value))
     print(f"written to {OUT.value}: results.md, results.csv, results.png, samples*.png")
 
@@ -57,17 +57,6 @@ def _numbers(flag: str, words: list[str], kind: type) -> tuple:
         return tuple(kind(word) for word in words)
     except ValueError as error:
         raise cli.UserError(f"--{flag}={','.join(words)}: numbers, separated by commas") from error
-
-
-def _names() -> dict[str, pathlib.Path]:
-    """Names runs by their folders, and by the folders above where these are alike."""
-    paths = list(dict.fromkeys(pathlib.Path(path).resolve() for path in WORKDIR.value))
-    short = [path.name for path in paths]
-    full = ["_".join(path.parts[-2:]) for path in paths]
-    names = [n if short.count(n) == 1 else f for n, f in zip(short, full, strict=True)]
-    if len(set(names)) < len(names):
-        raise cli.UserError(f"runs of one name cannot share a table: {', '.join(full)}; rename one")
-    return dict(zip(names, paths, strict=True))
 
 
 if __name__ == "__main__":

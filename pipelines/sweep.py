@@ -146,6 +146,21 @@ def evaluate(
 # What can be compared.
 
 
+def run_names(folders: Iterable[str | os.PathLike]) -> dict[str, pathlib.Path]:
+    """Names runs by their folders, and by the folders above too where these are alike.
+
+    Raises:
+      UserError: runs that would still be of one name.
+    """
+    paths = list(dict.fromkeys(pathlib.Path(folder).resolve() for folder in folders))
+    short = [path.name for path in paths]
+    full = ["_".join(path.parts[-2:]) for path in paths]
+    names = [s if short.count(s) == 1 else f for s, f in zip(short, full, strict=True)]
+    if len(set(names)) < len(names):
+        raise UserError(f"runs of one name cannot share a table: {', '.join(full)}; rename one")
+    return dict(zip(names, paths, strict=True))
+
+
 def _checked(plan: Plan) -> Plan:
     if not plan.steps or not plan.guidance:
         raise UserError("nothing to measure: give --steps=1,2,4 and --guidance=1")
