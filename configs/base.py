@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
                 "time_inputs": "t,t-r",  # what the network is told: "t,r", "t,t-r" or "t-r"
                 "dtype": "float32",  # of the computation; parameters stay float32
                 "remat": False,  # recompute each block in the backward pass
+                "unroll": 1,  # blocks per turn of the scan over depth; on CPUs, all is faster
             },
             "flow_matching": {
                 "time_law": "logit_normal",  # or uniform

@@ -27,12 +27,13 @@ def get_config(variant: str = "") -> ConfigDict:
         config.ema.update({"decay": 0.9995})
     elif variant == "small":
         config.batch_size = 128
-        config.max_steps = 4000
-        config.eval_interval = 1000
-        config.save_interval = 500
-        config.model.update({"depth": 6, "hidden_size": 128, "patch_size": 4, "num_heads": 4})
+        config.max_steps = 2500
+        config.eval_interval = 500
+        config.save_interval = 250
+        config.model.update({"depth": 4, "hidden_size": 96, "patch_size": 4, "num_heads": 4})
+        config.model.update({"unroll": 4})
         config.optimizer.update({"lr": 1e-3, "warmup_steps": 100})
-        config.ema.update({"decay": 0.998})
+        config.ema.update({"decay": 0.995})
     else:
         raise ValueError(f"configs/mnist.py has no variant {variant!r}: leave it out, or :small")
     return config

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from models.layers import Condition, dropout
+from models.layers import Condition, Dense, dropout
 
 # depth, hidden_size, num_heads, as DiT names them
 WIDTHS = {
@@ -39,7 +39,8 @@ class DiT(nn.Module):
     """A transformer on patches, modulated by time and label through adaLN-Zero.
 
     Parameters are float32; `dtype` is that of the blocks' products. Time and label embeddings,
-    normalisation statistics, the softmax and the output stay float32.
+    normalisation statistics, the softmax and the output stay float32. `unroll` blocks make one turn
+    of the scan over depth: more compile longer, and on CPUs run up to twice as fast.
     """
 
     depth: int
@@ -52,6 +53,7 @@ class DiT(nn.Module):
     time_inputs: str = "t,t-r"
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    unroll: int = 1
 
     @nn.compact
     def __call__(
@@ -71,7 +73,7 @@ class DiT(nn.Module):
         )
         c = nn.silu(c).astype(self.dtype)
         x = patches(z, self.patch_size).astype(self.dtype)
-        x = nn.Dense(self.hidden_size, kernel_init=xavier, dtype=self.dtype, name="patch")(x)
+        x = Dense(self.hidden_size, kernel_init=xavier, dtype=self.dtype, name="patch")(x)
         grid = height // self.patch_size, width // self.patch_size
         x += jnp.asarray(positions(*grid, self.hidden_size), self.dtype)[None]
         x = self._blocks()(x, c, dropout_keys, jnp.arange(self.depth))[0]
@@ -87,6 +89,7 @@ class DiT(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=self.depth,
+            unroll=self.unroll,
         )(self.num_heads, self.mlp_ratio, self.dropout, self.dtype, name="blocks")
 
 
@@ -123,11 +126,11 @@ class Attention(nn.Module):
     def __call__(self, x: Array) -> Array:
         """(n, tokens, d) → (n, tokens, d)."""
         n, tokens, d = x.shape
-        qkv = nn.Dense(3 * d, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * d, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.unstack(qkv.reshape(n, tokens, 3, self.num_heads, -1), axis=2)
         h = jax.nn.dot_product_attention(q, k, v, implementation="xla")
         h = h.reshape(n, tokens, d)
-        return nn.Dense(d, kernel_init=xavier, dtype=self.dtype, name="out")(h)
+        return Dense(d, kernel_init=xavier, dtype=self.dtype, name="out")(h)
 
 
 class MLP(nn.Module):
@@ -140,8 +143,8 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """(n, tokens, d) → (n, tokens, d)."""
         d = x.shape[-1]
-        h = nn.Dense(int(self.ratio * d), kernel_init=xavier, dtype=self.dtype, name="in")(x)
-        return nn.Dense(d, kernel_init=xavier, dtype=self.dtype, name="out")(nn.gelu(h))
+        h = Dense(int(self.ratio * d), kernel_init=xavier, dtype=self.dtype, name="in")(x)
+        return Dense(d, kernel_init=xavier, dtype=self.dtype, name="out")(nn.gelu(h))
 
 
 class Head(nn.Module):
@@ -155,12 +158,12 @@ class Head(nn.Module):
         """(n, tokens, d), (n, d) → (n, tokens, features)."""
         shift, scale = modulations(c, 2, self.dtype)
         x = modulate(x, shift, scale)
-        return nn.Dense(self.features, kernel_init=zeros, dtype=self.dtype, name="out")(x)
+        return Dense(self.features, kernel_init=zeros, dtype=self.dtype, name="out")(x)
 
 
 def modulations(c: Array, count: int, dtype: jnp.dtype) -> list[Array]:
     """Returns `count` arrays (n, 1, d) from the condition (n, d), zero at the start."""
-    out = nn.Dense(count * c.shape[-1], kernel_init=zeros, dtype=dtype, name="modulation")(c)
+    out = Dense(count * c.shape[-1], kernel_init=zeros, dtype=dtype, name="modulation")(c)
     return jnp.split(out[:, None], count, axis=-1)
 
 

@@ -63,6 +63,14 @@ class Condition(nn.Module):
         return c
 
 
+class Dense(nn.Dense):
+    """`nn.Dense` on all leading axes as one: XLA's backward pass on CPUs is then twice as fast."""
+
+    def __call__(self, x: Array) -> Array:
+        """(..., d) → (..., features)."""
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
 def dropout(x: Array, rate: float, keys: Array | None, layer: Array | int) -> Array:
     """Dropout with one key (n,) per sample, so that a sample's mask is its own; off without keys.
 

@@ -61,7 +61,7 @@ def _module(model: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.M
     }
     if model.name == "dit":
         common |= dit_sizes(model, shape)
-        return DiT(**common, dtype=_dtype(model.dtype), remat=model.remat)
+        return DiT(**common, dtype=_dtype(model.dtype), remat=model.remat, unroll=model.unroll)
     if model.name == "mlp":
         common |= _given(model, ("depth", "hidden_size"))
         return MLP(**common)

@@ -25,7 +25,7 @@ from utils.train import TrainState, check_batch, fit
 
 # What may change between the parts of a run; everything else makes it another run.
 FREE = ("data_dir", "max_steps", "log_interval", "eval_interval", "save_interval",
-        "keep_checkpoints", "tensorboard", "model.remat", "mesh.", "sample.", "wandb.")  # fmt: skip
+        "keep_checkpoints", "tensorboard", "model.remat", "model.unroll", "mesh.", "sample.", "wandb.")  # fmt: skip
 
 
 def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainState:
