@@ -4,6 +4,7 @@
 py := .venv/bin/python
 venv := .venv/complete
 toys := checkerboard two_moons spirals swiss_roll eight_gaussians pinwheel
+objectives := flow_matching mean_flow
 steps := 1,2,4,8,16,32
 MNIST ?= configs/mnist.py:small
 
@@ -15,7 +16,7 @@ $(py) eval_fid.py --workdir=$(2)/flow_matching --workdir=$(2)/mean_flow \
     --steps=$(steps) --out=$(2) $(3)
 endef
 
-.PHONY: help demo toys $(toys) mnist test lint setup pins clean
+.PHONY: help demo toys mnist test lint setup pins clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -23,10 +24,13 @@ help: ## this list
 demo: $(venv) ## trains both methods on the embedded digits and compares them by step count
 	$(call compare,configs/digits.py,runs/demo,--num_samples=2000)
 
-toys: $(toys) ## the same on six distributions in the plane; `make two_moons` for one of them
+toys: $(toys:%=%-runs) ## the same on six distributions in the plane, in one figure
+	$(py) eval_fid.py --steps=1,32 --num_samples=10000 --out=runs/toys \
+	    $(foreach toy,$(toys),$(objectives:%=--workdir=runs/toys/$(toy)/%))
 
-$(toys): $(venv)
-	$(call compare,configs/toy.py:$@,runs/$@)
+%-runs: $(venv)
+	$(py) train_flow.py --config=configs/toy.py:$* --workdir=runs/toys/$*/flow_matching
+	$(py) train_meanflow.py --config=configs/toy.py:$* --workdir=runs/toys/$*/mean_flow
 
 mnist: $(venv) ## the same on MNIST, for CPU cores; DATA_DIR=mnist.npz, MNIST=configs/mnist.py on a GPU
 	$(call compare,$(MNIST) $(DATA_DIR:%=--data_dir=%),runs/mnist)

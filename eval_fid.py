@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from pipelines import sweep
+from pipelines import report, sweep
 from pipelines.flow import FlowPipeline
 from utils import cli
 
@@ -48,7 +48,7 @@ def main(_: Sequence[str]) -> None:
     if DATA_DIR.value:
         for pipeline in runs.values():
             pipeline.config.data_dir = DATA_DIR.value
-    print(sweep.evaluate(runs, plan, OUT.value, CACHE_DIR.value))
+    print(report.write(sweep.measure(runs, plan, CACHE_DIR.value), OUT.value))
     print(f"written to {OUT.value}: results.md, results.csv, results.png, samples*.png")
 
 

@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
     config.max_steps = 1000
     config.eval_interval = 500
     config.save_interval = 500
-    config.model.update({"depth": 4, "hidden_size": 96, "patch_size": 2, "num_heads": 4, "unroll": 4})
+    config.model.update(
+        {"depth": 4, "hidden_size": 96, "patch_size": 2, "num_heads": 4, "unroll": 4}
+    )
     config.optimizer.update({"lr": 1e-3, "warmup_steps": 100})
     config.ema.update({"decay": 0.99})
     config.sample.update({"num": 100})

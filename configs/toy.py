@@ -25,11 +25,11 @@ def get_config(variant: str = "checkerboard") -> ConfigDict:
         raise ValueError(f"configs/toy.py has no variant {variant!r}: one of {', '.join(VARIANTS)}")
     config = base.get_config()
     config.dataset_name = variant
-    config.batch_size = 1024
-    config.max_steps = 5000
-    config.eval_interval = 5000
-    config.save_interval = 5000
-    config.model.update({"name": "mlp", "depth": 4, "hidden_size": 256})
+    config.batch_size = 512
+    config.max_steps = 4000
+    config.eval_interval = 4000
+    config.save_interval = 4000
+    config.model.update({"name": "mlp", "depth": 3, "hidden_size": 128, "mlp_ratio": 2.0})
     config.mean_flow.update({"interval_share": 0.5})
     config.optimizer.update({"lr": 1e-3, "warmup_steps": 100})
     config.ema.update({"decay": 0.998})

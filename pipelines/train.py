@@ -24,8 +24,11 @@ from utils.sharding import make_mesh
 from utils.train import TrainState, check_batch, fit
 
 # What may change between the parts of a run; everything else makes it another run.
-FREE = ("data_dir", "max_steps", "log_interval", "eval_interval", "save_interval",
-        "keep_checkpoints", "tensorboard", "model.remat", "model.unroll", "mesh.", "sample.", "wandb.")  # fmt: skip
+FREE = (
+    *("data_dir", "max_steps", "log_interval", "eval_interval", "save_interval"),
+    *("keep_checkpoints", "tensorboard", "model.remat", "model.unroll"),
+    *("mesh.", "sample.", "wandb."),
+)
 
 
 def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainState:

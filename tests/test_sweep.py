@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import toy
-from pipelines import features, sweep
+from pipelines import features, report, sweep
 from pipelines.flow import FlowPipeline
-from pipelines.sweep import Plan, draw_labels, evaluate, grid_labels
+from pipelines.sweep import Plan, draw_labels, grid_labels
 from utils import data
 from utils.cli import UserError
 
@@ -24,6 +24,13 @@ HEADER = (
     "run,objective,steps,nfe,sampling_guidance,trained_guidance,train_steps,train_images,"
     "train_flops,metric,protocol,reference,value,num_samples,seed"
 )
+
+
+def evaluate(runs, plan, out, cache_dir="runs/cache"):
+    """Measures and writes, as eval_fid.py does."""
+    return report.write(sweep.measure(runs, plan, cache_dir), out)
+
+
 KEYS = {"holdout": 0.1, "use_stable_vae": 0, "image_size": 0, "data_dir": ""}
 
 
@@ -242,7 +249,7 @@ def test_a_failing_call_leaves_older_results_alone(real, tmp_path, cache, monkey
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(sweep.figures, "save_mosaic", fail)  # what is drawn last
+    monkeypatch.setattr(report.figures, "save_mosaic", fail)  # what is drawn last
     with pytest.raises(OSError, match="disk full"):
         evaluate({"run": Fake(noise)}, Plan((1,), num_samples=20), tmp_path, cache)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -253,7 +260,7 @@ def test_samples_stand_under_their_step_count(tmp_path, cache, monkeypatch):
         return np.full((8, 8, 1), 10 * label + steps, np.uint8)
 
     drawn = []
-    monkeypatch.setattr(sweep.figures, "save_mosaic", lambda _, *drawing: drawn.append(drawing))
+    monkeypatch.setattr(report.figures, "save_mosaic", lambda _, *drawing: drawn.append(drawing))
     evaluate({"run": Fake(grey)}, Plan((8, 1), num_samples=20), tmp_path, cache)
     ((tiles,), names) = drawn[0]
     assert names == ["MeanFlow"]
