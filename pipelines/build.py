@@ -17,9 +17,51 @@ from models import autoencoder as autoencoders
 from models.dit import SIZES, DiT
 from models.layers import TIME_INPUTS
 from models.mlp import MLP
-from utils.cli import UserError
+from utils.cli import UserError, flatten
 
 SIZE_KEYS = ("depth", "hidden_size", "patch_size", "num_heads")
+
+MANY = 2**31 - 1
+RANGES: dict[str, tuple[float, float]] = {  # the least and the most a key may be
+    "seed": (0, MANY),
+    **dict.fromkeys(("batch_size", "accumulation", "max_steps", "keep_checkpoints"), (1, MANY)),
+    **dict.fromkeys(("log_interval", "eval_interval", "save_interval"), (1, MANY)),
+    "model.mlp_ratio": (0.01, 100),
+    "model.dropout": (0, 0.99),
+    "model.class_dropout_prob": (0, 1),
+    "model.unroll": (1, MANY),
+    "flow_matching.time_std": (0, 100),
+    "mean_flow.time_std": (0, 100),
+    "mean_flow.interval_share": (0, 1),
+    "mean_flow.p": (0, 10),
+    "mean_flow.c": (1e-12, 1e6),
+    "mean_flow.omega": (0, 100),
+    "mean_flow.kappa": (0, 0.999),
+    "optimizer.lr": (1e-12, 100),
+    "optimizer.beta1": (0, 0.999999),
+    "optimizer.beta2": (0, 0.999999),
+    "optimizer.weight_decay": (0, 100),
+    "optimizer.warmup_steps": (0, MANY),
+    "optimizer.clip_norm": (0, 1e9),
+    "ema.decay": (0, 0.9999999),
+    "ema.start_step": (0, MANY),
+    "sample.num": (1, 10_000),
+}
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """Raises UserError, naming the range, where a number of the config lies outside its own."""
+    values = flatten(config)
+    for key, (low, high) in RANGES.items():
+        value = values[key]
+        if not (isinstance(value, int | float) and low <= value <= high):  # NaN fails too
+            raise UserError(f"{key}={value}: give --{key} from {low} to {high}")
+    steps = config.sample.steps
+    if not steps or not all(isinstance(step, int) and step >= 1 for step in steps):
+        raise UserError(f"sample.steps={steps}: give --sample.steps=1,32 or the like")
+    interval = config.mean_flow.guidance_interval
+    if len(interval) != 2 or not all(isinstance(time, int | float) for time in interval):
+        raise UserError("mean_flow.guidance_interval: two times, --mean_flow.guidance_interval=0,1")
 
 
 class Network(NamedTuple):
@@ -51,8 +93,6 @@ def network(config: ConfigDict, shape: tuple[int, ...], num_classes: int) -> Net
 def _module(model: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.Module:
     if not set(told(model)) <= set(TIME_INPUTS):
         raise UserError(f"model.time_inputs={model.time_inputs!r}: a choice of t,r,t-r")
-    if not 0 <= model.dropout < 1:
-        raise UserError(f"model.dropout={model.dropout}: from 0 to below 1")
     common: dict[str, Any] = {
         "num_classes": num_classes,
         "mlp_ratio": model.mlp_ratio,
@@ -128,10 +168,6 @@ def mean_flow_objective(config: ConfigDict, num_classes: int) -> Callable:
       UserError: options out of range.
     """
     m = config.mean_flow
-    if not 0 <= m.interval_share <= 1:
-        raise UserError(f"mean_flow.interval_share={m.interval_share}: a share, from 0 to 1")
-    if not 0 <= m.kappa < 1:
-        raise UserError(f"mean_flow.kappa={m.kappa}: from 0 to below 1")
     if num_classes == 0 and (m.omega != 1 or m.kappa != 0):
         raise UserError("guidance needs labels: --mean_flow.omega=1 --mean_flow.kappa=0")
     return partial(
@@ -169,8 +205,6 @@ def count_parameters(params: Any) -> int:
 
 
 def _label_dropout(config: ConfigDict, num_classes: int) -> dict:
-    if not 0 <= config.model.class_dropout_prob <= 1:
-        raise UserError(f"model.class_dropout_prob={config.model.class_dropout_prob}: from 0 to 1")
     probability = config.model.class_dropout_prob if num_classes else 0.0
     return {"class_dropout_prob": probability, "null_label": num_classes}
 

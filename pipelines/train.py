@@ -40,6 +40,7 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
     Raises:
       UserError: bad options, missing data, or a workdir that holds another run.
     """
+    build.check_ranges(config)
     dataset = data.load(config)
     objective = make_objective(config, dataset.num_classes)
     config.objective = objective.func.__name__

@@ -115,7 +115,10 @@ MISTAKES = {
     "patch": ("train_flow.py --model.patch_size=3", "does not divide 8x8"),
     "heads": ("train_flow.py --model.num_heads=3", "multiple of 4 and of model.num_heads=3"),
     "share": ("train_meanflow.py --mean_flow.interval_share=2", "from 0 to 1"),
-    "kappa": ("train_meanflow.py --mean_flow.kappa=1", "from 0 to below 1"),
+    "kappa": ("train_meanflow.py --mean_flow.kappa=1", "from 0 to 0.999"),
+    "no interval": ("train_flow.py --log_interval=0", "log_interval=0: give --log_interval from 1"),
+    "not a number": ("train_flow.py --optimizer.lr=nan", "optimizer.lr=nan"),
+    "no steps": ("train_flow.py --sample.steps=()", "--sample.steps=1,32"),
     "guidance without labels": (
         "train_meanflow.py --config=configs/toy.py --mean_flow.omega=2",
         "guidance needs labels",

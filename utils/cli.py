@@ -41,7 +41,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 def _told_in_one_line(call: Callable):
     try:
         return call()
-    except (UserError, flags.Error) as error:
+    except (UserError, flags.Error, OSError) as error:  # a full disk is no bug of ours
         sys.exit(_report(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
