@@ -132,7 +132,8 @@ def _extractor(params, accuracy, dataset, task: _Task, recipe: Recipe) -> Extrac
 def _apply(params, pictures):
     """Returns features and logits of uint8 pictures (n, H, W, C)."""
     num_classes = params["params"]["Dense_0"]["bias"].shape[0]
-    return Classifier(num_classes).apply(params, pictures)
+    with jax.default_matmul_precision("highest"):  # on TPUs float32 products are rounded otherwise
+        return Classifier(num_classes).apply(params, pictures)
 
 
 def _train(dataset: data.Dataset, task: _Task, recipe: Recipe) -> dict:
