@@ -113,7 +113,7 @@ MISTAKES = {
     "mesh": ("train_flow.py --mesh.data=3", "mesh.data=3"),
     "unknown size": ("train_flow.py --model.size=B/3", "one of S/1"),
     "patch": ("train_flow.py --model.patch_size=3", "does not divide 8x8"),
-    "heads": ("train_flow.py --model.num_heads=3", "multiple of 4 and of model.num_heads=3"),
+    "heads": ("train_flow.py --model.num_heads=5", "multiple of 4 and of model.num_heads=5"),
     "share": ("train_meanflow.py --mean_flow.interval_share=2", "from 0 to 1"),
     "kappa": ("train_meanflow.py --mean_flow.kappa=1", "from 0 to 0.999"),
     "no interval": ("train_flow.py --log_interval=0", "log_interval=0: give --log_interval from 1"),
