@@ -8,6 +8,7 @@ gets results.md, results.csv, results.png (distance by step count), samples.png 
 samples per run and step count.
 """
 
+import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -48,6 +49,8 @@ def main(_: Sequence[str]) -> None:
     if DATA_DIR.value:
         for pipeline in runs.values():
             pipeline.config.data_dir = DATA_DIR.value
+    for folder in (OUT.value, CACHE_DIR.value):
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)  # before the work, not after it
     print(report.write(sweep.measure(runs, plan, CACHE_DIR.value), OUT.value))
     print(f"written to {OUT.value}: results.md, results.csv, results.png, samples*.png")
 

@@ -36,6 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = base.get_config()
     config.dataset_name = "imagenet256"
     config.image_size = 256
+    config.holdout = 0.0  # the published recipes train on the whole training set
     config.use_stable_vae = 1
     config.batch_size = 512
     config.max_steps = 1_000_000

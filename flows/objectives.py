@@ -7,7 +7,7 @@ with its position in the global batch.
 
 Losses are means over samples of squared errors summed over pixels and channels. `error` is the same
 per element, before any weight; `velocity_error` is that at r = t against plain v, and compares
-across objectives.
+across objectives with one law of t and no guidance.
 """
 
 import itertools

@@ -78,7 +78,7 @@ class DiT(nn.Module):
         x += jnp.asarray(positions(*grid, self.hidden_size), self.dtype)[None]
         x = self._blocks()(x, c, dropout_keys, jnp.arange(self.depth))[0]
         x = Head(self.patch_size**2 * channels, self.dtype, name="head")(x, c)
-        return pixels(x.astype(jnp.float32), *grid, self.patch_size)
+        return pixels(x, *grid, self.patch_size)
 
     def _blocks(self) -> nn.Module:
         """`depth` blocks as one scan: parameters are stacked, compile time is flat in depth."""
@@ -155,10 +155,10 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, c: Array) -> Array:
-        """(n, tokens, d), (n, d) → (n, tokens, features)."""
+        """(n, tokens, d), (n, d) → float32 (n, tokens, features)."""
         shift, scale = modulations(c, 2, self.dtype)
-        x = modulate(x, shift, scale)
-        return Dense(self.features, kernel_init=zeros, dtype=self.dtype, name="out")(x)
+        x = modulate(x, shift, scale).astype(jnp.float32)
+        return Dense(self.features, kernel_init=zeros, dtype=jnp.float32, name="out")(x)
 
 
 def modulations(c: Array, count: int, dtype: jnp.dtype) -> list[Array]:

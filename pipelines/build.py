@@ -26,6 +26,8 @@ RANGES: dict[str, tuple[float, float]] = {  # the least and the most a key may b
     "seed": (0, MANY),
     **dict.fromkeys(("batch_size", "accumulation", "max_steps", "keep_checkpoints"), (1, MANY)),
     **dict.fromkeys(("log_interval", "eval_interval", "save_interval"), (1, MANY)),
+    "image_size": (0, 65536),
+    **dict.fromkeys((f"model.{key}" for key in SIZE_KEYS), (1, MANY)),
     "model.mlp_ratio": (0.01, 100),
     "model.dropout": (0, 0.99),
     "model.class_dropout_prob": (0, 1),
@@ -54,8 +56,20 @@ def check_ranges(config: ConfigDict) -> None:
     values = flatten(config)
     for key, (low, high) in RANGES.items():
         value = values[key]
+        if value is None:  # a size that the table gives
+            continue
         if not (isinstance(value, int | float) and low <= value <= high):  # NaN fails too
             raise UserError(f"{key}={value}: give --{key} from {low} to {high}")
+    o = config.optimizer
+    if o.schedule == "cosine" and o.warmup_steps >= config.max_steps:
+        raise UserError(
+            f"optimizer.warmup_steps={o.warmup_steps} must be below max_steps={config.max_steps}: "
+            f"give --optimizer.warmup_steps={config.max_steps // 10}"
+        )
+    if o.schedule not in ("constant", "cosine"):
+        raise UserError(f"optimizer.schedule={o.schedule!r}: constant or cosine")
+    if config.wandb.mode not in ("disabled", "offline", "online"):
+        raise UserError(f"wandb.mode={config.wandb.mode!r}: disabled, offline or online")
     steps = config.sample.steps
     if not steps or not all(isinstance(step, int) and step >= 1 for step in steps):
         raise UserError(f"sample.steps={steps}: give --sample.steps=1,32 or the like")
@@ -91,7 +105,7 @@ def network(config: ConfigDict, shape: tuple[int, ...], num_classes: int) -> Net
 
 
 def _module(model: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    if not set(told(model)) <= set(TIME_INPUTS):
+    if not set(told(model)) <= set(TIME_INPUTS) or len(set(told(model))) < len(told(model)):
         raise UserError(f"model.time_inputs={model.time_inputs!r}: a choice of t,r,t-r")
     common: dict[str, Any] = {
         "num_classes": num_classes,
@@ -102,6 +116,8 @@ def _module(model: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.M
     if model.name == "dit":
         common |= dit_sizes(model, shape)
         return DiT(**common, dtype=_dtype(model.dtype), remat=model.remat, unroll=model.unroll)
+    if model.name == "mlp" and len(shape) > 1:
+        raise UserError("model.name=mlp is for points: --model.name=dit for pictures")
     if model.name == "mlp":
         common |= _given(model, ("depth", "hidden_size"))
         return MLP(**common)
@@ -127,8 +143,6 @@ def dit_sizes(model: ConfigDict, shape: tuple[int, ...]) -> dict[str, int]:
         )
     if len(shape) != 3:
         raise UserError("model.name=dit needs pictures: --model.name=mlp for points")
-    if min(sizes.values()) < 1:
-        raise UserError(f"the network's sizes must be positive: {sizes}")
     if shape[0] % sizes["patch_size"] or shape[1] % sizes["patch_size"]:
         raise UserError(
             f"model.patch_size={sizes['patch_size']} does not divide {shape[0]}x{shape[1]}"
@@ -168,6 +182,10 @@ def mean_flow_objective(config: ConfigDict, num_classes: int) -> Callable:
       UserError: options out of range.
     """
     m = config.mean_flow
+    if told(config.model) in (["t"], ["r"]):
+        raise UserError("MeanFlow needs model.time_inputs of two times, t,t-r, or t-r alone")
+    if config.model.class_dropout_prob == 0 and (m.omega != 1 or m.kappa != 0):
+        raise UserError("guidance needs a trained null label: --model.class_dropout_prob=0.1")
     if num_classes == 0 and (m.omega != 1 or m.kappa != 0):
         raise UserError("guidance needs labels: --mean_flow.omega=1 --mean_flow.kappa=0")
     return partial(

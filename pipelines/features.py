@@ -11,7 +11,7 @@ import os
 import pathlib
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -87,17 +87,6 @@ def prepare(
         _save(path, *saved)
     params, accuracy, stats = saved
     return Reference(_extractor(params, accuracy, dataset, task, recipe), stats)
-
-
-def statistics(extractor: Extractor, chunks: Iterable[np.ndarray]) -> FeatureStats:
-    """Statistics of all pictures in an iterator over uint8 (n, H, W, C)."""
-    stats = None
-    for pictures in chunks:
-        features = extractor.apply(pictures)
-        stats = stats.update(features) if stats else FeatureStats.of(features)
-    if stats is None:
-        raise ValueError("statistics of no picture at all")
-    return stats
 
 
 def _task(dataset: data.Dataset) -> _Task:

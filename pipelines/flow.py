@@ -19,13 +19,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from ml_collections import ConfigDict
 
+from configs import base
 from flows.guidance import guided_velocity, network_calls
 from flows.samplers import instantaneous, sample, uniform_grid
 from models.autoencoder import Autoencoder
 from pipelines import build
 from utils.checkpoint import Checkpoints
-from utils.cli import UserError
+from utils.cli import UserError, flatten
 from utils.sharding import batch_sharding, make_mesh, replicated
+from utils.train import SAMPLING, stream
 
 WEIGHTS = "model.safetensors"
 
@@ -68,7 +70,9 @@ class FlowPipeline:
           UserError: no such folder, no weights in it, or weights of another network.
         """
         path = pathlib.Path(path)
-        config, card = ConfigDict(_read_json(path, "config.json")), _read_json(path, "card.json")
+        config, card = read_config(path / "config.json"), read_json(path / "card.json")
+        if not {"shape", "num_classes", "flops_per_step"} <= card.keys() or not config.objective:
+            raise UserError(f"{path} holds no whole run: its config.json or card.json lacks keys")
         pipeline = cls.build(config, card)
         abstract = jax.eval_shape(pipeline.network.init, jax.random.key(0))
         if (path / WEIGHTS).exists():
@@ -96,9 +100,11 @@ class FlowPipeline:
         path.mkdir(parents=True, exist_ok=True)
         flat = flatten_dict(jax.device_get(self.params), sep=".")
         tensors = {k: np.ascontiguousarray(v, dtype) for k, v in flat.items()}
-        safetensors.numpy.save_file(tensors, path / WEIGHTS)
-        (path / "config.json").write_text(self.config.to_json(indent=2))
+        (path / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2))
         (path / "card.json").write_text(json.dumps(self.card, indent=2))
+        part = path / f"{WEIGHTS}.part"  # the weights last and at once: with them it is whole
+        safetensors.numpy.save_file(tensors, part)
+        part.replace(path / WEIGHTS)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -152,7 +158,7 @@ class FlowPipeline:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> int:
         """The number of function evaluations (NFE) per sample."""
-        return network_calls(np.linspace(1, 0, steps + 1), guidance, guidance_interval)
+        return network_calls(np.asarray(uniform_grid(steps)), guidance, guidance_interval)
 
     def with_params(self, params: Any) -> "FlowPipeline":
         """The same pipeline around other parameters; nothing is compiled again."""
@@ -176,7 +182,7 @@ def make_sampler(
     """
 
     def run(params, label, index, seed, steps, guidance, interval):
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+        keys = jax.vmap(lambda i: jax.random.fold_in(stream(seed, SAMPLING), i))(index)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
         velocity = guided_velocity(
             network.apply, params, label, network.null_label, guidance, interval
@@ -197,22 +203,43 @@ def trained_card(config: ConfigDict, card: dict[str, Any], step: int) -> dict[st
     }
 
 
-def _read_json(path: pathlib.Path, name: str) -> dict[str, Any]:
+def read_config(path: pathlib.Path) -> ConfigDict:
+    """Returns a run's config; keys younger than the run have their defaults.
+
+    Raises:
+      UserError: there is no such file, or it is no config of this project.
+    """
+    config = base.get_config()
     try:
-        return json.loads((path / name).read_text())
+        config.update_from_flattened_dict(flatten(ConfigDict(read_json(path))))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no config of this version ({error})") from error
+    return config
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns what a run's JSON file holds.
+
+    Raises:
+      UserError: there is no such file, or it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} is no run and no exported model: it has no {name}") from None
+        folder, name = path.parent, path.name
+        raise UserError(f"{folder} is no run and no exported model: it has no {name}") from None
     except ValueError as error:
-        raise UserError(
-            f"{path / name} is not JSON ({error}): restore it or train again"
-        ) from error
+        raise UserError(f"{path} is not JSON ({error}): restore it or train again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: restore it or train again")
+    return value
 
 
 def _read_ema(checkpoints: Checkpoints, config: ConfigDict, abstract: Any) -> Any:
     """The averaged parameters of the newest checkpoint, on this process's devices."""
     here = replicated(make_mesh())
     ema = {
-        f"{config.ema.decay:g}": jax.tree.map(
+        str(config.ema.decay): jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), abstract
         )
     }

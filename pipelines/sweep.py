@@ -150,8 +150,10 @@ def _checked(plan: Plan) -> Plan:
         raise UserError(f"--num_samples={plan.num_samples}: at least 2, and 2000 say more")
     if plan.batch_size < 1:
         raise UserError(f"--batch_size={plan.batch_size}: at least 1")
-    if plan.seed < 0:
-        raise UserError(f"--seed={plan.seed}: at least 0")
+    if not 0 <= plan.seed < 2**31:
+        raise UserError(f"--seed={plan.seed}: from 0 to {2**31 - 1}")
+    if not np.isfinite(plan.guidance).all():
+        raise UserError(f"--guidance={plan.guidance}: finite numbers, 1 for none")
     return plan._replace(
         steps=tuple(sorted(set(plan.steps))), guidance=tuple(sorted(set(plan.guidance)))
     )
@@ -178,6 +180,8 @@ def _check_data(name: str, pipeline: FlowPipeline, dataset: data.Dataset, plan: 
     there = pipeline.card.get("dataset", here)
     if there != here:
         raise UserError(f"{name} was trained on {there}, the data here is {here}: see --data_dir")
+    if dataset.num_classes == 0 and plan.guidance != (1.0,):
+        raise UserError(f"{name} knows no labels: give --guidance=1")
     most = min(len(dataset.heldout), len(dataset.train))
     if len(dataset.shape) == 1 and plan.num_samples > most:
         raise UserError(f"{dataset.name} has {most} held-out points: --num_samples={most} or less")

@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 from flows.consistency import self_consistency
 from flows.path import interpolate
 from pipelines import build
-from pipelines.flow import FlowPipeline, trained_card
+from pipelines.flow import FlowPipeline, read_json, trained_card
 from utils import data, flops
 from utils.cli import UserError, flatten
 from utils.figures import grid
 from utils.log import Logger
 from utils.sharding import make_mesh
-from utils.train import TrainState, check_batch, fit
+from utils.train import EVALUATION, TrainState, check_batch, fit, stream
 
 # What may change between the parts of a run; everything else makes it another run.
 FREE = (
@@ -43,13 +43,15 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
     build.check_ranges(config)
     dataset = data.load(config)
     objective = make_objective(config, dataset.num_classes)
+    if config.objective not in ("", objective.func.__name__):
+        raise UserError(f"objective={config.objective!r} is set by the script: leave it out")
     config.objective = objective.func.__name__
     path = pathlib.Path(workdir or f"runs/{config.dataset_name}/{config.objective}")
     network = build.network(config, dataset.shape, dataset.num_classes)
     encode = build.autoencoder(config, dataset.shape).sample
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batch(config, mesh)
-    check_workdir(path, config)
+    check_workdir(path, config, f"{dataset.name} {dataset.fingerprint}")
     card = make_card(config, dataset, network, objective)
     write_json(path / "config.json", config.to_dict())
     write_json(path / "card.json", card)
@@ -85,7 +87,7 @@ class Evaluate:
         """Keeps the pipeline, so that it compiles once."""
         self.config, self.card = config, card
         self.pipeline = FlowPipeline.build(config, card)
-        self.decay = f"{config.ema.decay:g}"
+        self.decay = str(config.ema.decay)
         source = dataset.heldout if len(dataset.heldout) else dataset.train
         held = data.arrays(source, range(min(256, len(source))))
         self.held = {k: jnp.asarray(v) for k, v in held.items()}
@@ -102,12 +104,13 @@ class Evaluate:
     def _pictures(self, params: Any, steps: int) -> np.ndarray:
         count, classes = self.config.sample.num, self.card["num_classes"]
         labels = np.arange(count) % max(classes, 1)
-        guidance = self.config.sample.guidance if classes else 1.0
-        return self.pipeline.with_params(params)(labels, steps=steps, guidance=guidance)
+        scale = self.config.sample.guidance
+        return self.pipeline.with_params(params)(labels, steps=steps, guidance=scale)
 
     def _consistency(self, params: Any) -> jax.Array:
         """The mean self-consistency at three ordered times on each held-out sample."""
-        noise_key, time_key, encode_key = jax.random.split(jax.random.key(self.config.seed), 3)
+        key = stream(self.config.seed, EVALUATION)
+        noise_key, time_key, encode_key = jax.random.split(key, 3)
         n = self.held["label"].shape[0]
         encoder = build.autoencoder(self.config, self.pipeline.shape)
         x = encoder.sample(self.held["x"], jax.random.split(encode_key, n))
@@ -151,13 +154,13 @@ def step_flops(config: ConfigDict, dataset: data.Dataset, objective: Callable) -
     return flops.count(gradient, params, batch, jax.random.key(0))
 
 
-def check_workdir(path: pathlib.Path, config: ConfigDict) -> None:
-    """Raises UserError where `path` holds a run with another config."""
-    if not (path / "config.json").exists():
-        if path.is_file() or (path / "checkpoints").exists():
-            raise UserError(f"{path} is no run of this project: name another --workdir")
+def check_workdir(path: pathlib.Path, config: ConfigDict, dataset: str) -> None:
+    """Raises UserError where `path` holds checkpoints of another config or of other data."""
+    if path.is_file():
+        raise UserError(f"{path} is a file: name a folder with --workdir")
+    if not any((path / "checkpoints").glob("[0-9]*")):
         return
-    old = flatten(ConfigDict(json.loads((path / "config.json").read_text())))
+    old = flatten(ConfigDict(read_json(path / "config.json")))
     new = flatten(ConfigDict(json.loads(json.dumps(config.to_dict()))))
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     free = FREE if config.optimizer.schedule == "constant" else tuple(set(FREE) - {"max_steps"})
@@ -167,6 +170,12 @@ def check_workdir(path: pathlib.Path, config: ConfigDict) -> None:
         raise UserError(
             f"{path} holds another run, with {was}: give the same options to continue it, "
             "or another --workdir"
+        )
+    trained_on = read_json(path / "card.json").get("dataset")
+    if trained_on != dataset:
+        raise UserError(
+            f"{path} holds a run on {trained_on}, the data here is {dataset}: see --data_dir, "
+            "or name another --workdir"
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -29,6 +30,7 @@ def config_of(line: str):
         sys.argv = argv
         cli.config_flags.DEFINE_config_file("config", flag_values=values)
         assert values(argv)[1:] == []
+        cli.unset_sizes(values["config"].value, argv)
         return values["config"].value
     finally:
         sys.argv = sys_argv
@@ -65,10 +67,23 @@ def test_a_flag_wins_over_a_preset():
     assert config.batch_size == 8 and config.mean_flow.kappa == 0.92
 
 
+def test_a_size_given_wins_over_the_sizes_of_a_preset():
+    line = "--config=configs/digits.py --model.size=B/2 --model.depth=3"
+    config = config_of(line)
+    sizes = build.dit_sizes(config.model, (8, 8, 1))
+    assert sizes == {"depth": 3, "hidden_size": 768, "num_heads": 12, "patch_size": 2}
+
+
+def test_a_toy_is_a_data_set_like_others():
+    config = config_of("--dataset_name two_moons --batch_size=8")
+    assert config.model.name == "mlp" and config.dataset_name == "two_moons"
+
+
 @pytest.mark.parametrize("variant", ["b4", "b2", "m2", "l2", "xl2", "xl2plus"])
 def test_published_recipes(variant):
     config = config_of(f"--config=configs/imagenet256.py:meanflow_{variant}")
     assert build.mean_flow_objective(config, 1000).keywords["interval_share"] == 0.25
+    assert config.holdout == 0 and config.batch_size == 256 and not config.flip
     config.objective = "mean_flow"
     expected = 2.5 if variant in ("l2", "xl2") else 2.0
     assert build.trained_guidance(config) == pytest.approx(expected)
@@ -118,6 +133,21 @@ MISTAKES = {
     "kappa": ("train_meanflow.py --mean_flow.kappa=1", "from 0 to 0.999"),
     "no interval": ("train_flow.py --log_interval=0", "log_interval=0: give --log_interval from 1"),
     "not a number": ("train_flow.py --optimizer.lr=nan", "optimizer.lr=nan"),
+    "malformed": ("train_flow.py --=3", "unknown flag or config key"),
+    "no variants": ("train_flow.py --config=configs/digits.py:small", "has no variants: leave"),
+    "no config": ("train_flow.py --config=README.md", "no config in README.md"),
+    "warm-up": ("train_flow.py --config=configs/toy.py --max_steps=9", "warmup_steps=0"),
+    "mlp for pictures": ("train_flow.py --model.name=mlp", "--model.name=dit for pictures"),
+    "no width": (
+        "train_flow.py --config=configs/toy.py --model.hidden_size=0",
+        "hidden_size from 1",
+    ),
+    "wandb": ("train_flow.py --wandb.mode=on", "disabled, offline or online"),
+    "time inputs": ("train_meanflow.py --model.time_inputs=t", "two times"),
+    "null label": (
+        "train_meanflow.py --mean_flow.kappa=0.5 --model.class_dropout_prob=0",
+        "trained null label",
+    ),
     "no steps": ("train_flow.py --sample.steps=()", "--sample.steps=1,32"),
     "guidance without labels": (
         "train_meanflow.py --config=configs/toy.py --mean_flow.omega=2",
@@ -143,13 +173,16 @@ def test_a_mistake_is_told_in_one_line(line, told, tmp_path):
 def test_help_teaches_the_command():
     result = run("train_meanflow.py --help")
     assert "python train_meanflow.py --config=configs/mnist.py" in result.stdout
-    assert "--workdir" in result.stdout
+    assert result.returncode == 0
+    assert "Folder of the run; default runs/DATASET/OBJECTIVE." in result.stdout
+    assert "changes a key." in result.stdout
 
 
 def test_a_run_from_the_command_line(tmp_path):
     line = (
         f"train_flow.py --config=configs/toy.py:two_moons --workdir={tmp_path}/run --max_steps=4 "
-        "--batch_size=16 --model.hidden_size=8 --log_interval=2 --wandb.mode=offline --tensorboard"
+        "--batch_size=16 --model.hidden_size=8 --log_interval=2 --wandb.mode=offline --tensorboard "
+        "--optimizer.warmup_steps=0"
     )
     result = run(line)
     assert result.returncode == 0, result.stderr
@@ -164,3 +197,12 @@ def test_a_run_from_the_command_line(tmp_path):
         "card.json",
     ):
         assert (run_dir / place).exists(), place
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    other = run(line.replace("--batch_size=16", "--batch_size=32"))
+    assert other.returncode == 2 and len(other.stderr.splitlines()) == 1
+    assert "another run, with batch_size=16 (now 32)" in other.stderr
+    assert before == {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    shutil.rmtree(run_dir / "checkpoints")
+    nothing = run(f"eval_fid.py --workdir={run_dir} --out={tmp_path}/out --cache_dir={tmp_path}/c")
+    assert nothing.returncode == 2 and "holds no checkpoint yet" in nothing.stderr
+    assert len(nothing.stderr.splitlines()) == 1

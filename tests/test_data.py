@@ -64,7 +64,7 @@ def test_batches_hold_pictures_labels_and_positions():
 
 @settings(deadline=None, max_examples=20)
 @given(n=st.integers(1, 30), hosts=st.sampled_from([1, 2, 3]), seed=st.integers(0, 2**40))
-def test_hosts_interleave_to_the_same_global_stream(n, hosts, seed):
+def test_hosts_join_to_the_same_global_stream(n, hosts, seed):
     keys = {"batch_size": 6, "seed": seed, "flip": True}
     whole = take(4, numbers(n), **keys)
     parts = [take(4, numbers(n), shard=(host, hosts), **keys) for host in range(hosts)]

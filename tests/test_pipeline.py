@@ -9,7 +9,9 @@ import pytest
 import safetensors.numpy
 
 from configs import digits
+from pipelines import flow
 from pipelines.flow import FlowPipeline
+from utils import sharding
 from utils.cli import UserError
 
 
@@ -31,14 +33,26 @@ def pipeline(objective: str = "mean_flow", classes: int = 10) -> FlowPipeline:
 LABELS = np.arange(13, dtype=np.int32) % 10
 
 
-def test_pictures_do_not_depend_on_batches_or_devices():
+def test_pictures_do_not_depend_on_batches_or_devices(monkeypatch):
     whole = pipeline()(LABELS, steps=2, seed=3)
+    one_device = sharding.make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(flow, "make_mesh", lambda: one_device)
+    alone = pipeline()(LABELS, steps=2, seed=3)
+    assert np.abs(whole.astype(int) - alone).max() <= 1  # rounding of the last bit at most
+    monkeypatch.undo()
     assert whole.shape == (13, 8, 8, 1) and whole.dtype == np.uint8
     order = np.array([11, 2, 7])
     parts = pipeline()(LABELS[order], steps=2, seed=3, indices=order)
     assert np.abs(whole[order].astype(int) - parts).max() <= 1  # rounding of the last bit at most
     assert np.abs(whole[0].astype(int) - whole[10]).mean() > 5  # the same label, another index
     assert np.abs(whole.astype(int) - pipeline()(LABELS, steps=2, seed=4)).mean() > 5
+
+
+def test_every_step_count_draws_other_pictures():
+    drawn = [pipeline("flow_matching")(LABELS, steps=n).astype(int) for n in (1, 2, 4, 8)]
+    for i, a in enumerate(drawn):
+        for b in drawn[:i]:
+            assert np.abs(a - b).max() > 2
 
 
 def test_the_two_objectives_ask_the_network_for_different_velocities():
@@ -84,6 +98,15 @@ def test_a_folder_that_cannot_serve_says_why(tmp_path):
         FlowPipeline.from_pretrained(tmp_path)
     (tmp_path / "card.json").write_text(json.dumps(pipeline().card)[:-5])
     with pytest.raises(UserError, match="is not JSON"):
+        FlowPipeline.from_pretrained(tmp_path)
+    (tmp_path / "card.json").write_text("[]")
+    with pytest.raises(UserError, match="holds no JSON object"):
+        FlowPipeline.from_pretrained(tmp_path)
+    (tmp_path / "card.json").write_text("{}")
+    with pytest.raises(UserError, match="lacks keys"):
+        FlowPipeline.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"modle": 3}')
+    with pytest.raises(UserError, match="no config of this version"):
         FlowPipeline.from_pretrained(tmp_path)
 
 

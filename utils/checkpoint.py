@@ -23,7 +23,10 @@ class Checkpoints:
         kept = ocp.training.preservation_policies
         preserve = kept.LatestN(keep) if keep else kept.PreserveAll()
         self._orbax = ocp.training.Checkpointer(
-            self.path, save_decision_policy=decide, preservation_policy=preserve
+            self.path,
+            save_decision_policy=decide,
+            preservation_policy=preserve,
+            cleanup_tmp_directories=keep is not None,  # of saves that were killed
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -57,5 +60,5 @@ class Checkpoints:
             reason = str(error).partition("\n")[0][:200] or type(error).__name__
             raise UserError(
                 f"checkpoint {self.path / str(step)} cannot be read ({reason}): "
-                "remove that folder to go back to the checkpoint before it"
+                "if it is damaged, move that folder away to go back to the checkpoint before it"
             ) from error

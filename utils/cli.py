@@ -6,6 +6,7 @@ Where `--config` is left out, `--dataset_name NAME` picks `configs/NAME.py`. A k
 command line wins over every preset.
 """
 
+import contextlib
 import difflib
 import pathlib
 import sys
@@ -16,6 +17,9 @@ from ml_collections import ConfigDict, config_flags
 
 DEFAULT_CONFIG = "digits"
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+flags.disclaim_key_flags()  # --help of a script lists what it takes from here
 
 
 class UserError(Exception):
@@ -71,8 +75,12 @@ def parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         raise UserError(_unknown(error.flagname, list(flags.FLAGS))) from error
+    except SystemExit:  # --help, which is no failure
+        sys.exit(0)
     if rest[1:]:
         raise UserError(f"stray word {rest[1]!r}: every option starts with --, see --help")
+    if "config" in flags.FLAGS:
+        unset_sizes(flags.FLAGS["config"].value, argv)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax reports some 20 lines a save
     return rest
@@ -97,16 +105,28 @@ def expand(argv: list[str], known: set[str]) -> list[str]:
     return [out[0], f"--config={_default_file(out)}", *out[1:]]
 
 
+def unset_sizes(config: ConfigDict, argv: list[str]) -> None:
+    """Lets a `model.size` given on the command line win over the sizes of a preset."""
+    given = {word.partition("=")[0] for word in argv}
+    if "--config.model.size" in given:
+        for key in ("depth", "hidden_size", "patch_size", "num_heads"):
+            if f"--config.model.{key}" not in given:
+                config.model[key] = None
+
+
 def _is_flag(name: str, known: set[str]) -> bool:
     return name in known or name.removeprefix("no") in known
 
 
-def _default_file(argv: list[str]) -> pathlib.Path:
+def _default_file(argv: list[str]) -> str:
     """The config file of the data set named on the command line, else the embedded default's."""
     prefix = "--config.dataset_name="
     names = [word.removeprefix(prefix) for word in argv if word.startswith(prefix)]
-    named = CONFIGS / f"{(names or [DEFAULT_CONFIG])[-1]}.py"
-    return named if named.exists() else CONFIGS / f"{DEFAULT_CONFIG}.py"
+    for file in [f"{names[-1]}.py", f"toy.py:{names[-1]}"] if names else []:
+        with contextlib.suppress(UserError):
+            load_config(f"{CONFIGS}/{file}")
+            return f"{CONFIGS}/{file}"
+    return f"{CONFIGS}/{DEFAULT_CONFIG}.py"
 
 
 def check_keys(argv: list[str]) -> None:
@@ -115,7 +135,7 @@ def check_keys(argv: list[str]) -> None:
     keys = flatten(load_config(_value_of(argv, "--config")))
     groups = {key.rpartition(".")[0] for key in keys}
     for path in (path.removeprefix("--config.") for path in paths):
-        if path not in keys and path not in groups:
+        if path not in keys and (path not in groups or not path):
             raise UserError(_unknown(path, [*keys, *flags.FLAGS]))
 
 
@@ -145,7 +165,7 @@ def load_config(file: str) -> ConfigDict:
     """
     values, argv = flags.FlagValues(), sys.argv
     path = pathlib.Path(str(file).partition(":")[0])
-    if not path.exists():
+    if not path.is_file():
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("[!_]*.py") if p.stem != "base"))
         raise UserError(f"no config file {path}: there are configs/*.py for {known}")
     try:
@@ -153,8 +173,12 @@ def load_config(file: str) -> ConfigDict:
         config_flags.DEFINE_config_file("config", flag_values=values)
         values(sys.argv)
         return values["config"].value
-    except ValueError as error:  # a config file's own word on its variants
-        raise UserError(str(error)) from error
+    except Exception as error:  # anything can stand in a file
+        lines = str(error).split("\n")  # the library quotes a traceback; its last line tells
+        told = [line for line in lines if line.strip()][-1].partition("Error: ")
+        if "positional argument" in told[2]:
+            raise UserError(f"{path} has no variants: leave out what follows .py") from error
+        raise UserError(f"no config in {path}: {told[2] or told[0]}") from error
     finally:
         sys.argv = argv
 

@@ -76,7 +76,7 @@ def batches(
 
     Each epoch has every item once, in an order of its own; a batch may reach over the end of one.
     Batch `step` is a function of (seed, step), so that resuming needs the step alone. Host h of H,
-    `shard=(h, H)`, gets places h, h + H, … of the global batch.
+    `shard=(h, H)`, gets the h-th of H equal runs of places in the global batch.
 
     Returns:
       An iterator of {'x': (batch_size // H, …), 'label': int32, 'position': int32, the place in the
@@ -90,7 +90,8 @@ def batches(
     _check(source, batch_size, seed, flip, hosts=shard[1])
 
     def batch(step: int) -> dict[str, np.ndarray]:
-        positions = np.arange(shard[0], batch_size, shard[1])
+        local = batch_size // shard[1]
+        positions = np.arange(shard[0] * local, (shard[0] + 1) * local)
         items = source.gather(_order(len(source), batch_size, seed, step)[positions])
         if flip:
             mirrored = np.random.default_rng((seed, _FLIP, step)).random(batch_size) < 0.5

@@ -92,7 +92,9 @@ def _truncate(path: pathlib.Path, last_step: int) -> None:
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         whole = (line for line in lines if line.endswith("}\n"))
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= last_step))
+        part = path.with_name(path.name + ".part")
+        part.write_text("".join(line for line in whole if json.loads(line)["step"] <= last_step))
+        part.replace(path)
 
 
 def _open_wandb(workdir: pathlib.Path, config: ConfigDict):

@@ -52,9 +52,7 @@ def state_sharding(mesh: Mesh, abstract: Any) -> Any:
         fits = [size if size % mesh.shape["fsdp"] == 0 else 0 for size in leaf.shape]
         if mesh.shape["fsdp"] == 1 or leaf.size < SMALLEST or not any(fits):
             return replicated(mesh)
-        axes: list[str | None] = [None] * leaf.ndim
-        axes[int(np.argmax(fits))] = "fsdp"
-        return NamedSharding(mesh, PartitionSpec(*axes))
+        return NamedSharding(mesh, PartitionSpec(*[None] * int(np.argmax(fits)), "fsdp"))
 
     return jax.tree.map(rule, abstract)
 

@@ -23,6 +23,8 @@ from utils.cli import UserError
 from utils.log import Logger, progress
 from utils.sharding import abstract_state, batch_sharding, born_sharded, to_global
 
+INITIALISATION, TRAINING, SAMPLING, EVALUATION = range(4)  # streams of one seed
+
 Objective = Callable[[Callable, Any, dict, Array], tuple[Array, dict]]
 Evaluation = Callable[["TrainState", Logger], None]
 
@@ -35,6 +37,11 @@ class TrainState:
     params: Any
     ema: dict[str, Any]  # {name: averaged parameters}
     opt_state: Any
+
+
+def stream(seed: int | Array, number: int) -> Array:
+    """The key of one of a seed's streams; they never meet."""
+    return jax.random.fold_in(jax.random.split(jax.random.key(seed))[1], number)
 
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -54,8 +61,8 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
 def init_state(config: ConfigDict, init: Callable[[Array], Any]) -> TrainState:
     """The state before the first step; `init(key)` makes the parameters."""
     optimizer, _ = make_optimizer(config)
-    params = init(jax.random.split(jax.random.key(config.seed))[0])
-    ema = {f"{config.ema.decay:g}": params}
+    params = init(stream(config.seed, INITIALISATION))
+    ema = {str(config.ema.decay): params}
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
 
 
@@ -75,8 +82,7 @@ def make_step(
         return objective(network, params, {**batch, "x": encode(batch["x"], keys)}, key)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        key = jax.random.split(jax.random.key(config.seed))[1]
-        key = jax.random.fold_in(key, state.step)
+        key = jax.random.fold_in(stream(config.seed, TRAINING), state.step)
         gradient = jax.grad(lambda p, b: _with_loss(loss(p, b, key)), has_aux=True)
         parts = microbatches(batch, config.accumulation, mesh)
         grads, metrics = accumulate(gradient, state.params, parts)
@@ -170,12 +176,12 @@ def fit(
                 last = number == config.max_steps
                 if last or number % config.log_interval == 0:
                     logger.scalars(number, meter.flush())
-                if last or number % config.eval_interval == 0:
-                    evaluate(state, logger)
                 if last or number % config.save_interval == 0:
                     meter.settle()  # what is not finite is never saved
                     position = {"samples_consumed": number * config.batch_size}
                     checkpoints.save(number, checkpoint_parts(state), **position)
+                if last or number % config.eval_interval == 0:
+                    evaluate(state, logger)
     return state
 
 
@@ -249,6 +255,7 @@ class Meter:
         self.settle()
         rows, self._rows = self._rows, []
         means = {name: _finite_mean([row[name] for row in rows]) for name in rows[-1]}
+        means = {name: mean for name, mean in means.items() if np.isfinite(mean)}
         self._bar.set_postfix_str(f"error {means['error']:.4f}")
         rate = self._bar.format_dict["rate"]
         return means | ({"steps_per_second": rate} if rate else {})
