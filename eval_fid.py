@@ -49,8 +49,7 @@ def main(_: Sequence[str]) -> None:
     if DATA_DIR.value:
         for pipeline in runs.values():
             pipeline.config.data_dir = DATA_DIR.value
-    for folder in (OUT.value, CACHE_DIR.value):
-        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    pathlib.Path(OUT.value).mkdir(parents=True, exist_ok=True)  # not after the work
     print(report.write(sweep.measure(runs, plan, CACHE_DIR.value), OUT.value))
     print(f"written to {OUT.value}: results.md, results.csv, results.png, samples*.png")
 

@@ -77,6 +77,7 @@ def prepare(
       UserError: no labels and pictures that are not square.
     """
     recipe = recipe or Recipe()
+    pathlib.Path(cache_dir).mkdir(parents=True, exist_ok=True)  # not after the work
     task = _task(dataset)
     key = hashlib.sha256(repr((dataset.fingerprint, FEATURES, recipe)).encode()).hexdigest()[:16]
     path = pathlib.Path(cache_dir) / f"{task.name}_{dataset.name}_{key}.npz"

@@ -71,7 +71,7 @@ class FlowPipeline:
         """
         path = pathlib.Path(path)
         config, card = read_config(path / "config.json"), read_json(path / "card.json")
-        if not {"shape", "num_classes", "flops_per_step"} <= card.keys() or not config.objective:
+        if not {"shape", "num_classes"} <= card.keys() or not config.objective:
             raise UserError(f"{path} holds no whole run: its config.json or card.json lacks keys")
         pipeline = cls.build(config, card)
         abstract = jax.eval_shape(pipeline.network.init, jax.random.key(0))
@@ -209,9 +209,12 @@ def read_config(path: pathlib.Path) -> ConfigDict:
     Raises:
       UserError: there is no such file, or it is no config of this project.
     """
-    config = base.get_config()
+    config, values = base.get_config(), flatten(ConfigDict(read_json(path)))
+    unknown = sorted(values.keys() - flatten(config).keys())
+    if unknown:
+        raise UserError(f"{path} is no config of this version: it has no key {unknown[0]}")
     try:
-        config.update_from_flattened_dict(flatten(ConfigDict(read_json(path))))
+        config.update_from_flattened_dict(values)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no config of this version ({error})") from error
     return config
