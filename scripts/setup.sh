@@ -38,13 +38,20 @@ elif [ -z "$python" ]; then
     fail "no Python 3.11 to 3.14 found; install one, or name it: make PYTHON=/path/to/python ..."
 fi
 
+if [ -d .venv ] && [ ! -e .venv/complete ] && [ ! -e .venv/unfinished ]; then
+    fail ".venv was not made by this script: move it away, then run make again"
+fi
 echo "setup: installing the pinned packages into .venv ($("$python" --version), 1.5 GB)" >&2
 rm -rf .venv
+mkdir .venv
+touch .venv/unfinished # tells this folder from one made by hand
 if command -v uv >/dev/null; then
-    uv venv --quiet --seed --python "$python" .venv # --seed: with pip, as the other way has it
+    # --seed: with pip, as the other way has it
+    uv venv --quiet --seed --allow-existing --python "$python" .venv
     uv pip install --quiet --python .venv/bin/python -r requirements.txt
 else
     "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi
+rm .venv/unfinished
 touch .venv/complete # last: without it the next `make` starts over
