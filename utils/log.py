@@ -6,6 +6,7 @@ JSON lines (`metrics.jsonl`) and PNG (`samples/`) always; wandb and TensorBoard 
 import json
 import os
 import pathlib
+import secrets
 import sys
 
 import jax
@@ -110,10 +111,20 @@ def _open_wandb(workdir: pathlib.Path, config: ConfigDict):
             mode=config.wandb.mode,
             project=config.wandb.project,
             name=config.wandb.name or None,
+            id=_wandb_id(workdir),
+            resume="allow",
             config=config.to_dict(),
         )
     except wandb.Error as error:
         raise UserError(f"wandb: {error}; --wandb.mode=offline needs no account") from error
+
+
+def _wandb_id(workdir: pathlib.Path) -> str:
+    """The run's id, made once and kept with the run, so that a resumed run goes on there too."""
+    path = workdir / "wandb_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(4))
+    return path.read_text()
 
 
 def _open_tensorboard(workdir: pathlib.Path):
