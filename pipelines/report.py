@@ -27,8 +27,8 @@ READING = {
 def write(sections: Sequence[Section], out: str | os.PathLike) -> str:
     """Writes results.csv, results.md, results.png and samples*.png; returns the text of the table.
 
-    Files of the same names from an earlier call are replaced at the end: all are written apart, then
-    moved to their places.
+    Files of the same names from an earlier call are replaced at the end: all are written apart,
+    then moved to their places.
     """
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
