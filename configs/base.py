@@ -29,37 +29,8 @@ def get_config() -> ConfigDict:
             "save_interval": 5_000,  # steps
             "keep_checkpoints": 2,
             "objective": "",  # set by the training script
-            "model": {
-                "name": "dit",  # dit or mlp
-                "size": "",  # "B/2" and the like; the keys below win where they are given
-                "depth": placeholder(int),
-                "hidden_size": placeholder(int),
-                "patch_size": placeholder(int),
-                "num_heads": placeholder(int),
-                "mlp_ratio": 4.0,
-                "dropout": 0.0,
-                "class_dropout_prob": 0.1,  # label → null label, for guidance
-                "time_inputs": "t,t-r",  # what the network is told: "t,r", "t,t-r" or "t-r"
-                "dtype": "float32",  # of the computation; parameters stay float32
-                "remat": False,  # recompute each block in the backward pass
-                "unroll": 1,  # blocks per turn of the scan over depth; on CPUs, all is faster
-            },
-            "flow_matching": {
-                "time_law": "logit_normal",  # or uniform
-                "time_mean": 0.0,
-                "time_std": 1.0,
-            },
-            "mean_flow": {
-                "time_law": "logit_normal",
-                "time_mean": -0.4,
-                "time_std": 1.0,
-                "interval_share": 0.25,  # share of the batch with r ≠ t
-                "p": 1.0,  # adaptive weight 1 / (error + c)^p
-                "c": 0.01,
-                "omega": 1.0,  # guidance in the target; ω′ = ω / (1 − κ), 1: none
-                "kappa": 0.0,
-                "guidance_interval": (0.0, 1.0),  # times t at which the target is guided
-            },
+            "model": _model(),
+            **_objectives(),
             "optimizer": {
                 "lr": 1e-4,
                 "beta1": 0.9,
@@ -77,3 +48,44 @@ def get_config() -> ConfigDict:
             "tensorboard": False,
         }
     )
+
+
+def _model() -> dict:
+    """What computes u(z, r, t)."""
+    return {
+        "name": "dit",  # dit or mlp
+        "size": "",  # "B/2" and the like; the keys below win where they are given
+        "depth": placeholder(int),
+        "hidden_size": placeholder(int),
+        "patch_size": placeholder(int),
+        "num_heads": placeholder(int),
+        "mlp_ratio": 4.0,
+        "dropout": 0.0,
+        "class_dropout_prob": 0.1,  # label → null label, for guidance
+        "time_inputs": "t,t-r",  # what the network is told: "t,r", "t,t-r" or "t-r"
+        "dtype": "float32",  # of the computation; parameters stay float32
+        "remat": False,  # recompute each block in the backward pass
+        "unroll": 1,  # blocks per turn of the scan over depth; on CPUs, all is faster
+    }
+
+
+def _objectives() -> dict:
+    """What it is trained on; each script reads its own section."""
+    return {
+        "flow_matching": {
+            "time_law": "logit_normal",  # or uniform
+            "time_mean": 0.0,
+            "time_std": 1.0,
+        },
+        "mean_flow": {
+            "time_law": "logit_normal",
+            "time_mean": -0.4,
+            "time_std": 1.0,
+            "interval_share": 0.25,  # share of the batch with r ≠ t
+            "p": 1.0,  # adaptive weight 1 / (error + c)^p
+            "c": 0.01,
+            "omega": 1.0,  # guidance in the target; ω′ = ω / (1 − κ), 1: none
+            "kappa": 0.0,
+            "guidance_interval": (0.0, 1.0),  # times t at which the target is guided
+        },
+    }

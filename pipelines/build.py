@@ -17,9 +17,7 @@ from models import autoencoder as autoencoders
 from models.dit import SIZES, DiT
 from models.layers import TIME_INPUTS
 from models.mlp import MLP
-from utils.cli import UserError, flatten
-
-SIZE_KEYS = ("depth", "hidden_size", "patch_size", "num_heads")
+from utils.cli import SIZE_KEYS, UserError, flatten
 
 MANY = 2**31 - 1
 RANGES: dict[str, tuple[float, float]] = {  # the least and the most a key may be
@@ -184,9 +182,10 @@ def mean_flow_objective(config: ConfigDict, num_classes: int) -> Callable:
     m = config.mean_flow
     if told(config.model) in (["t"], ["r"]):
         raise UserError("MeanFlow needs model.time_inputs of two times, t,t-r, or t-r alone")
-    if config.model.class_dropout_prob == 0 and (m.omega != 1 or m.kappa != 0):
+    guided = m.omega != 1 or m.kappa != 0
+    if guided and config.model.class_dropout_prob == 0:
         raise UserError("guidance needs a trained null label: --model.class_dropout_prob=0.1")
-    if num_classes == 0 and (m.omega != 1 or m.kappa != 0):
+    if guided and num_classes == 0:
         raise UserError("guidance needs labels: --mean_flow.omega=1 --mean_flow.kappa=0")
     return partial(
         mean_flow,

@@ -40,6 +40,8 @@ class FlowPipeline:
       config: the run's config; `config.objective` says how it was trained.
       card: shape, num_classes, parameters, flops_per_step, train_steps, train_images, train_flops,
         trained_guidance (ω′; 1: none), dataset.
+      network: (init, apply, null_label), built from the two.
+      sampler: `make_sampler` of it, compiled once per step count.
       params: the averaged parameters.
     """
 
@@ -100,8 +102,8 @@ class FlowPipeline:
         path.mkdir(parents=True, exist_ok=True)
         flat = flatten_dict(jax.device_get(self.params), sep=".")
         tensors = {k: np.ascontiguousarray(v, dtype) for k, v in flat.items()}
-        (path / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2))
-        (path / "card.json").write_text(json.dumps(self.card, indent=2))
+        write_json(path / "config.json", self.config.to_dict())
+        write_json(path / "card.json", self.card)
         part = path / f"{WEIGHTS}.part"  # the weights last and at once: with them it is whole
         safetensors.numpy.save_file(tensors, part)
         part.replace(path / WEIGHTS)
@@ -236,6 +238,15 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: restore it or train again")
     return value
+
+
+def write_json(path: pathlib.Path, value: dict) -> None:
+    """Writes JSON at once or not at all; process 0 only."""
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(value, indent=2))
+        part.replace(path)
 
 
 def _read_ema(checkpoints: Checkpoints, config: ConfigDict, abstract: Any) -> Any:

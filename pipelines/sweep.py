@@ -176,7 +176,7 @@ def _groups(runs: Mapping[str, FlowPipeline], plan: Plan) -> list[Group]:
 
 
 def _check_data(name: str, pipeline: FlowPipeline, dataset: data.Dataset, plan: Plan) -> None:
-    here = f"{dataset.name} {dataset.fingerprint}"
+    here = dataset.identity
     there = pipeline.card.get("dataset", here)
     if there != here:
         raise UserError(f"{name} was trained on {there}, the data here is {here}: see --data_dir")

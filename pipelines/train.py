@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 from flows.consistency import self_consistency
 from flows.path import interpolate
 from pipelines import build
-from pipelines.flow import FlowPipeline, read_json, trained_card
+from pipelines.flow import FlowPipeline, read_json, trained_card, write_json
 from utils import data, flops
 from utils.cli import UserError, flatten
 from utils.figures import grid
@@ -51,7 +50,7 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
     encode = build.autoencoder(config, dataset.shape).sample
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batch(config, mesh)
-    check_workdir(path, config, f"{dataset.name} {dataset.fingerprint}")
+    check_workdir(path, config, dataset.identity)
     card = make_card(config, dataset, network, objective)
     write_json(path / "config.json", config.to_dict())
     write_json(path / "card.json", card)
@@ -129,7 +128,7 @@ def make_card(
     """What is trained, for whoever meets the folder later; `trained_card` says how much."""
     params = jax.eval_shape(network.init, jax.random.key(0))
     card = {
-        "dataset": f"{dataset.name} {dataset.fingerprint}",
+        "dataset": dataset.identity,
         "shape": list(dataset.shape),
         "num_classes": dataset.num_classes,
         "parameters": build.count_parameters(params),
@@ -140,7 +139,7 @@ def make_card(
 
 def step_flops(config: ConfigDict, dataset: data.Dataset, objective: Callable) -> int:
     """Model FLOPs of one training step: the gradient of the objective, without recomputation."""
-    plain = ConfigDict(config).copy_and_resolve_references()
+    plain = config.copy_and_resolve_references()
     plain.model.remat = False
     network = build.network(plain, dataset.shape, dataset.num_classes)
     n = config.batch_size
@@ -177,13 +176,3 @@ def check_workdir(path: pathlib.Path, config: ConfigDict, dataset: str) -> None:
             f"{path} holds a run on {trained_on}, the data here is {dataset}: see --data_dir, "
             "or name another --workdir"
         )
-
-
-def write_json(path: str | os.PathLike, value: dict) -> None:
-    """Writes JSON at once or not at all; process 0 only."""
-    if jax.process_index() == 0:
-        path = pathlib.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(value, indent=2))
-        part.replace(path)

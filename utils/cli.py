@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 DEFAULT_CONFIG = "digits"
+SIZE_KEYS = ("depth", "hidden_size", "patch_size", "num_heads")  # what `model.size` stands for
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
@@ -109,7 +110,7 @@ def unset_sizes(config: ConfigDict, argv: list[str]) -> None:
     """Lets a `model.size` given on the command line win over the sizes of a preset."""
     given = {word.partition("=")[0] for word in argv}
     if "--config.model.size" in given:
-        for key in ("depth", "hidden_size", "patch_size", "num_heads"):
+        for key in SIZE_KEYS:
             if f"--config.model.{key}" not in given:
                 config.model[key] = None
 

@@ -37,6 +37,11 @@ class Dataset(NamedTuple):
     shape: tuple[int, ...]  # (H, W, C), uint8, or (2,), float32
     fingerprint: str  # names exactly this data and split, the same on every machine
 
+    @property
+    def identity(self) -> str:
+        """Name and fingerprint, as a run's card records them."""
+        return f"{self.name} {self.fingerprint}"
+
 
 def load(config: ConfigDict) -> Dataset:
     """Returns the data set `config.dataset_name`, by data_dir, image_size and holdout.

@@ -57,15 +57,14 @@ def state_sharding(mesh: Mesh, abstract: Any) -> Any:
     return jax.tree.map(rule, abstract)
 
 
-def born_sharded(init: Callable, mesh: Mesh, *args: Any) -> Any:
-    """Runs `init(*args)` so that no device ever holds more than its share of the result."""
-    shardings = state_sharding(mesh, jax.eval_shape(init, *args))
-    return jax.jit(init, out_shardings=shardings)(*args)
+def born_sharded(init: Callable[[], Any], mesh: Mesh) -> Any:
+    """Runs `init()` so that no device ever holds more than its share of the result."""
+    return jax.jit(init, out_shardings=state_sharding(mesh, jax.eval_shape(init)))()
 
 
-def abstract_state(init: Callable, mesh: Mesh, *args: Any) -> Any:
+def abstract_state(init: Callable[[], Any], mesh: Mesh) -> Any:
     """The shapes, types and shardings of `born_sharded`'s result, without computing it."""
-    abstract = jax.eval_shape(init, *args)
+    abstract = jax.eval_shape(init)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         abstract,
