@@ -14,7 +14,7 @@ from PIL import Image
 from configs.base import get_config
 from utils import data
 from utils.cli import UserError
-from utils.sources import ArraySource, centre_crop, open_tree
+from utils.sources import ArraySource, CorruptPicture, PictureSource, centre_crop
 
 
 def config(**keys):
@@ -125,8 +125,8 @@ def test_what_cannot_be_batched_is_told_at_once(keys, mend):
     assert_one_line(lambda: data.batches(keys.pop("source"), **keys), mend)
 
 
-def assert_one_line(call, mend: str):
-    with pytest.raises(UserError) as caught:
+def assert_one_line(call, mend: str, kind: type[UserError] = UserError):
+    with pytest.raises(kind) as caught:
         call()
     assert mend in str(caught.value) and "\n" not in str(caught.value)
 
@@ -314,6 +314,10 @@ def folder(place, files, **keys) -> data.Dataset:
     return data.load(config(**{"dataset_name": "folder", "data_dir": write(place, files)} | keys))
 
 
+def names(source: PictureSource) -> list[str]:
+    return [source.pictures.name(index) for index in source.indices]
+
+
 def test_class_folders_give_labels_and_a_zip_is_the_same_as_its_folder(tmp_path):
     x = {f"{c}/{i}.png": picture(i, 6, 6, 3) for c in ("b", "a", "c") for i in range(20)}
     files = {name: encode(value) for name, value in x.items()}
@@ -324,7 +328,7 @@ def test_class_folders_give_labels_and_a_zip_is_the_same_as_its_folder(tmp_path)
         one, other = (data.arrays(getattr(s, part)) for s in sets)
         np.testing.assert_array_equal(one["x"], other["x"])
         np.testing.assert_array_equal(one["label"], other["label"])
-    for i, name in enumerate(sets[0].train.names):
+    for i, name in enumerate(names(sets[0].train)):
         item = sets[0].train[i]
         np.testing.assert_array_equal(item["x"], x[name])
         assert item["label"] == "abc".index(name[0])
@@ -335,16 +339,16 @@ def test_a_flat_folder_has_no_labels_and_only_pictures_count(tmp_path):
     files = flat(3) | dict.fromkeys(others, encode(picture(9, 6, 6, 3)))
     for place in (tmp_path / "tree", tmp_path / "tree.zip"):
         dataset = folder(place, files, holdout=0.0)
-        assert list(dataset.train.names) == ["0000.png", "0001.png", "0002.png", "UPPER.PNG"]
-        assert dataset.num_classes == 0 and not dataset.train.label.any()
+        assert names(dataset.train) == ["0000.png", "0001.png", "0002.png", "UPPER.PNG"]
+        assert dataset.num_classes == 0 and not data.arrays(dataset.train)["label"].any()
 
 
 def test_new_pictures_move_no_old_one_between_the_parts(tmp_path):
     before = folder(tmp_path / "tree", flat(200))
     after = folder(tmp_path / "tree", flat(400))
-    assert set(before.train.names) < set(after.train.names)
-    assert set(before.heldout.names) < set(after.heldout.names)
-    assert not set(after.train.names) & set(after.heldout.names)
+    assert set(names(before.train)) < set(names(after.train))
+    assert set(names(before.heldout)) < set(names(after.heldout))
+    assert not set(names(after.train)) & set(names(after.heldout))
     assert len(after.train) + len(after.heldout) == 400
     assert 20 <= len(after.heldout) <= 60  # ± 3.3 standard deviations
     assert before.fingerprint != after.fingerprint
@@ -373,7 +377,7 @@ def test_image_size_is_that_of_the_first_picture_or_asked_for(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no picture", encode(picture(0, 64, 64, 3))[:900]])
 def test_a_corrupt_picture_is_named(tmp_path, place, content):
     dataset = folder(tmp_path / place, flat(2) | {"bad.png": content}, holdout=0.0)
-    assert_one_line(lambda: data.arrays(dataset.train), "bad.png")
+    assert_one_line(lambda: data.arrays(dataset.train), "bad.png", CorruptPicture)
     assert_one_line(lambda: take(1, dataset.train, batch_size=8, seed=0), "bad.png")
 
 
@@ -419,17 +423,17 @@ def test_imagenet_folders_are_class_indices_or_sorted_wnids(tmp_path):
     by_number = {f"{c:03}/{i}.png": content for c in (5, 995) for i in range(3)}
     dataset = folder(tmp_path / "a", by_number, dataset_name="imagenet256", holdout=0.0)
     assert (dataset.num_classes, dataset.shape) == (1000, (256, 256, 3))
-    np.testing.assert_array_equal(dataset.train.label, [5, 5, 5, 995, 995, 995])
+    assert list(data.arrays(dataset.train)["label"]) == [5, 5, 5, 995, 995, 995]
     by_wnid = {f"{c}/{c}_1.png": content for c in ("n02", "n01", "n07")}
     dataset = folder(tmp_path / "b", by_wnid, dataset_name="imagenet256", holdout=0.0)
-    assert dataset.num_classes == 3 and list(dataset.train.label) == [0, 1, 2]
+    assert dataset.num_classes == 3 and list(data.arrays(dataset.train)["label"]) == [0, 1, 2]
 
 
 def test_celebahq_has_no_labels(tmp_path):
     content = encode(picture(0, 256, 256, 3))
     files = {f"{c}/{i}.png": content for c in ("female", "male") for i in range(2)}
     dataset = folder(tmp_path / "a", files, dataset_name="celebahq256", holdout=0.0)
-    assert dataset.num_classes == 0 and not dataset.train.label.any()
+    assert dataset.num_classes == 0 and not data.arrays(dataset.train)["label"].any()
 
 
 @pytest.mark.parametrize(
@@ -493,4 +497,5 @@ def test_a_link_to_a_folder_is_followed(tmp_path):
     write(tmp_path / "real", flat(2))
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "a").symlink_to(tmp_path / "real")
-    assert set(open_tree(tmp_path / "tree").sizes) == {"a/0000.png", "a/0001.png"}
+    found = data.open_pictures(str(tmp_path / "tree"))
+    assert {found.name(i) for i in range(len(found.keys))} == {"a/0000.png", "a/0001.png"}

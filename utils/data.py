@@ -7,10 +7,7 @@ number of hosts. New data set: a function config → Dataset in `LOADERS`.
 
 import difflib
 import functools
-import hashlib
-import os
 import pathlib
-import posixpath
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from utils import tfds
 from utils.cli import UserError
-from utils.sources import ArraySource, PictureSource, Source, Tree, open_tree
+from utils.pictures import open_pictures
+from utils.sources import ArraySource, Pictures, PictureSource, Source, fingerprint
 from utils.toys import TOYS
 
 _ORDER, _FLIP = 1, 2  # set the random streams of one seed apart
@@ -97,11 +96,11 @@ def batches(
     def batch(step: int) -> dict[str, np.ndarray]:
         local = batch_size // shard[1]
         positions = np.arange(shard[0] * local, (shard[0] + 1) * local)
-        items = source.gather(_order(len(source), batch_size, seed, step)[positions])
+        mirrored = None
         if flip:
-            mirrored = np.random.default_rng((seed, _FLIP, step)).random(batch_size) < 0.5
-            rows = mirrored[positions]
-            items["x"][rows] = items["x"][rows, :, ::-1]
+            coins = np.random.default_rng((seed, _FLIP, step)).random(batch_size)
+            mirrored = coins[positions] < 0.5
+        items = source.gather(_order(len(source), batch_size, seed, step)[positions], mirrored)
         return {**items, "position": positions.astype(np.int32)}
 
     # Whole batches are grain's items: single ones cost it some 40 µs each under Python's lock, a
@@ -185,8 +184,7 @@ def _mnist_places(data_dir: str) -> tuple[pathlib.Path, pathlib.Path]:
     if data_dir:
         place = pathlib.Path(data_dir).expanduser()
         return place, place if place.is_file() else place / "mnist.npz"
-    tfds_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    return pathlib.Path(tfds_dir).expanduser(), pathlib.Path("data/mnist.npz")
+    return tfds.root(), pathlib.Path("data/mnist.npz")
 
 
 def _mnist_npz(file: pathlib.Path) -> list[Arrays]:
@@ -203,22 +201,13 @@ def _mnist_npz(file: pathlib.Path) -> list[Arrays]:
 
 def _mnist_tfds(folder: pathlib.Path) -> list[Arrays]:
     """Reads MNIST as TFDS prepared it, without TensorFlow."""
-    prepared = [info.parent for info in folder.glob("mnist/*/dataset_info.json")]
-    if not prepared:
+    version = tfds.find_name("mnist", folder)
+    if not version:
         raise UserError(
             f"no MNIST in {folder}: give --data_dir=mnist.npz (train_images, train_labels, "
             "test_images, test_labels) or a TFDS folder with mnist as array_record"
         )
-    import tensorflow_datasets as tfds
-
-    newest = max(prepared, key=lambda path: tfds.core.Version(path.name))
-    try:
-        splits = tfds.builder_from_directory(newest).as_data_source(["train", "test"])
-    except NotImplementedError as error:
-        raise UserError(
-            f"{newest} cannot be read at random: convert it with tfds convert_format "
-            f"--dataset_version_dir={newest} --out_file_format=array_record"
-        ) from error
+    splits = [tfds.open_records(version, split, decode=True)[1] for split in ("train", "test")]
     items = [split.__getitems__(range(len(split))) for split in splits]
     return [
         (np.stack([i["image"] for i in split]), np.array([i["label"] for i in split]))
@@ -256,100 +245,45 @@ def _as_it_is(config: ConfigDict, x: np.ndarray) -> None:
         raise UserError(f"{name} is {side} × {side} pixels: give --image_size={side} or leave it")
 
 
-def fingerprint(*content: str | np.ndarray) -> str:
-    """Returns 12 hexadecimal digits that name the content."""
-    digest = hashlib.blake2b(digest_size=6)
-    for part in content:
-        digest.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part).data)
-    return digest.hexdigest()
-
-
-# Pictures in a folder or a .zip.
-
-Labels = tuple[np.ndarray, int]  # int32 (n,), number of classes
+# Encoded pictures.
 
 
 def _folder(config: ConfigDict) -> Dataset:
-    """Pictures in a folder or a .zip; class sub-folders, where there are, give the labels."""
-    return _pictures(config, config.image_size, _labels_by_folder)
+    """Pictures of any kind and size; without image_size, of the first one's."""
+    return _pictures(config, config.image_size)
 
 
-def _imagenet256(config: ConfigDict) -> Dataset:
-    """ImageNet as a tree of class folders, named by wnid or by class index."""
-    return _pictures(config, config.image_size or 256, _labels_of_imagenet)
+def _at_256(config: ConfigDict) -> Dataset:
+    """ImageNet or CelebA-HQ, at 256 × 256 pixels unless image_size says otherwise."""
+    return _pictures(config, config.image_size or 256)
 
 
-def _celebahq256(config: ConfigDict) -> Dataset:
-    """CelebA-HQ, without labels: what folders some copies have are not used."""
-    return _pictures(config, config.image_size or 256, _no_labels)
-
-
-def _pictures(
-    config: ConfigDict, size: int, labels_of: Callable[[Sequence[str]], Labels]
-) -> Dataset:
-    """Pictures under `data_dir`, held out by a hash of their names: new files move no old one."""
-    if not config.data_dir:
-        raise UserError(f"{config.dataset_name} needs --data_dir=FOLDER_OR_ZIP of pictures")
-    tree = open_tree(config.data_dir)
-    files = sorted(tree.sizes)
-    names = _below_common_folder(files)
-    labels, num_classes = labels_of(names)
-    held = np.array([_uniform(name) < config.holdout for name in names])
-    size = size or _side(tree, files[0])
+def _pictures(config: ConfigDict, size: int) -> Dataset:
+    """What `open_pictures` finds, held out by a hash of names: new pictures move no old one."""
+    pictures = open_pictures(config.data_dir, dataset_name=config.dataset_name)
+    size = size or _side(pictures)
+    held = pictures.keys / 2.0**64 < config.holdout
 
     def part(mask: np.ndarray) -> PictureSource:
-        return PictureSource(tree, [files[i] for i in np.flatnonzero(mask)], labels[mask], size)
+        return PictureSource(pictures, np.flatnonzero(mask), size)
 
-    table = zip(names, (tree.sizes[file] for file in files), labels, held, strict=True)
-    name = fingerprint(str(size), "\n".join(" ".join(map(str, row)) for row in table))
-    return Dataset(config.dataset_name, part(~held), part(held), num_classes, (size, size, 3), name)
-
-
-def _below_common_folder(files: list[str]) -> list[str]:
-    """Cuts the folders off that all files share, as around a folder put into a .zip."""
-    common = posixpath.commonpath({posixpath.dirname(file) for file in files})
-    return [file[len(common) :].lstrip("/") for file in files]
-
-
-def _labels_by_folder(names: Sequence[str]) -> Labels:
-    """Classes are the sorted top folders; pictures without folders have no labels."""
-    folders = _top_folders(names)
-    classes = {folder: index for index, folder in enumerate(sorted(set(folders)))}
-    if list(classes) == [""]:
-        return _no_labels(names)
-    if "" in classes:
-        loose = names[folders.index("")]
-        raise UserError(f"{loose} lies beside class folders: put it into one, see --data_dir")
-    if set(classes) <= {"train", "val", "valid", "validation", "test"}:
-        raise UserError(f"data_dir holds {' and '.join(classes)}: give one of these as --data_dir")
-    return np.array([classes[folder] for folder in folders], np.int32), len(classes)
+    content = fingerprint(str(size), pictures.fingerprint, held)
+    return Dataset(
+        config.dataset_name,
+        part(~held),
+        part(held),
+        pictures.num_classes,
+        (size, size, 3),
+        content,
+    )
 
 
-def _labels_of_imagenet(names: Sequence[str]) -> Labels:
-    """Folders that are all numbers below 1000 are class indices, though some may be missing."""
-    folders = _top_folders(names)
-    if all(folder.isdecimal() and int(folder) < 1000 for folder in set(folders)):
-        return np.array([int(folder) for folder in folders], np.int32), 1000
-    return _labels_by_folder(names)
-
-
-def _no_labels(names: Sequence[str]) -> Labels:
-    return np.zeros(len(names), np.int32), 0
-
-
-def _top_folders(names: Sequence[str]) -> list[str]:
-    return [name.partition("/")[0] if "/" in name else "" for name in names]
-
-
-def _uniform(name: str) -> float:
-    """Returns a number in [0, 1) that is a function of the name alone."""
-    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest()) / 2**64
-
-
-def _side(tree: Tree, file: str) -> int:
-    width, height = tree.picture(file).size
+def _side(pictures: Pictures) -> int:
+    width, height = pictures.picture(0)[0].size
     if width != height:
-        raise UserError(f"{file} is {width} × {height} pixels: give --image_size=SIDE to crop to")
+        raise UserError(
+            f"{pictures.name(0)} is {width} × {height} pixels: give --image_size=SIDE to crop to"
+        )
     return width
 
 
@@ -357,7 +291,7 @@ LOADERS: dict[str, Callable[[ConfigDict], Dataset]] = {
     "digits": _digits,
     "mnist": _mnist,
     "folder": _folder,
-    "imagenet256": _imagenet256,
-    "celebahq256": _celebahq256,
+    "imagenet256": _at_256,
+    "celebahq256": _at_256,
     **dict.fromkeys(TOYS, _toy),
 }

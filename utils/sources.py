@@ -1,16 +1,14 @@
-"""Random access to items, and where they lie: in memory, in a folder of pictures or in a .zip.
+"""Random access to items: arrays in memory, and encoded pictures that are decoded when asked for.
 
 A `Source` has a length and gives item i as {'x', 'label'}; `gather` stacks many. `x` is a uint8
-picture (H, W, C) in 0…255 or a float32 point (2,).
+picture (H, W, C) in 0…255 or a float32 point (2,). Where encoded pictures lie, `Pictures` hides:
+`utils.pictures` opens folders and zips, `utils.tfds` what TensorFlow Datasets prepared.
 """
 
 import functools
+import hashlib
 import io
 import os
-import pathlib
-import posixpath
-import threading
-import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,8 +19,6 @@ from PIL import Image, UnidentifiedImageError
 
 from utils.cli import UserError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-
 
 class Source(Protocol):
     """Items at random access."""
@@ -32,8 +28,13 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict:
         """Item `index`: {'x': uint8 (H, W, C) or float32 (2,), 'label': int}."""
 
-    def gather(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Items stacked into fresh arrays: {'x': (n, …), 'label': int32 (n,)}; n may be 0."""
+    def gather(
+        self, indices: Sequence[int] | np.ndarray, mirrored: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Items stacked into fresh arrays: {'x': (n, …), 'label': int32 (n,)}; n may be 0.
+
+        Where `mirrored`, bool (n,), is true, left and right of the picture change places.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,109 +50,101 @@ class ArraySource:
     def __getitem__(self, index: int) -> dict:
         return {"x": self.x[index], "label": int(self.label[index])}
 
-    def gather(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    def gather(
+        self, indices: Sequence[int] | np.ndarray, mirrored: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         indices = np.asarray(indices, np.int64)
-        return {"x": self.x[indices], "label": self.label[indices]}
+        x = self.x[indices]
+        _mirror(x, mirrored)
+        return {"x": x, "label": self.label[indices]}
 
 
-class Tree(NamedTuple):
-    """The picture files under a folder or in a .zip; hidden files and other kinds are left out."""
-
-    where: str
-    sizes: dict[str, int]  # name relative to the tree, with forward slashes → bytes
-    read: Callable[[str], bytes]  # may be called from several threads
-
-    def picture(self, name: str) -> Image.Image:
-        """Decodes a file to RGB; its orientation tag is ignored, as by those who publish scores."""
-        try:
-            return Image.open(io.BytesIO(self.read(name))).convert("RGB")
-        except Exception as error:  # Pillow's decoders and zlib raise errors of many kinds
-            unknown = isinstance(error, UnidentifiedImageError)
-            reason = "its content is of no known kind" if unknown else error
-            raise UserError(f"{self.where}/{name} is no readable picture: {reason}") from error
+def _mirror(x: np.ndarray, mirrored: np.ndarray | None) -> None:
+    """Turns the chosen pictures of `x`, (n, H, W, C), left to right, in place."""
+    if mirrored is not None:
+        x[mirrored] = x[mirrored, :, ::-1]
 
 
-def open_tree(path: str | os.PathLike) -> Tree:
-    """Lists the pictures of a folder or of a .zip, which is read in place.
+class Pictures(NamedTuple):
+    """Encoded pictures at random access, wherever they lie."""
+
+    where: str  # the folder or file, for messages
+    keys: np.ndarray  # uint64 (n,): `key` of each name, which decides what is held out
+    name: Callable[[int], str]  # for messages
+    read: Callable[[int], tuple[bytes, int]]  # a file's content and label, from any thread
+    num_classes: int  # 0: no labels, every label is 0
+    fingerprint: str  # names exactly these pictures, before any split or crop
+
+    def picture(self, index: int) -> tuple[Image.Image, int]:
+        """Picture `index` in RGB, of any size, and its label.
+
+        Raises:
+          CorruptPicture: it cannot be decoded.
+          UserError: it cannot be read.
+        """
+        encoded, label = self.read(index)
+        return decode(encoded, f"{self.where}/{self.name(index)}"), label
+
+
+class CorruptPicture(UserError):
+    """One picture of many cannot be decoded; the message names it."""
+
+
+def decode(encoded: bytes, name: str) -> Image.Image:
+    """Decodes a picture file to RGB; its orientation tag is ignored, as by published statistics.
 
     Raises:
-      UserError: neither of the two, or without a picture.
+      CorruptPicture: the content is no whole picture; `name` is what the message calls it.
     """
-    path = pathlib.Path(path).expanduser()
-    if path.is_dir():
-        tree = _open_folder(path)
-    elif path.is_file():
-        tree = _open_zip(path)
-    else:
-        raise UserError(f"{path} is not there: give --data_dir=FOLDER_OR_ZIP of pictures")
-    if not tree.sizes:
-        raise UserError(f"{path} holds no pictures ({' '.join(sorted(SUFFIXES))}): see --data_dir")
-    return tree
-
-
-def _open_folder(root: pathlib.Path) -> Tree:
-    sizes = {}
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not _hidden(name)]
-        prefix = pathlib.Path(folder).relative_to(root).as_posix()
-        for file in filter(_is_picture, files):
-            name = posixpath.normpath(f"{prefix}/{file}")
-            sizes[name] = os.path.getsize(os.path.join(folder, file))
-    return Tree(str(root), sizes, lambda name: (root / name).read_bytes())
-
-
-def _open_zip(path: pathlib.Path) -> Tree:
     try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is no readable .zip ({error}): see --data_dir") from error
-    lock = threading.Lock()  # ZipFile counts its open members without one
-
-    def read(name: str) -> bytes:
-        with lock:
-            return archive.read(name)
-
-    sizes = {file.filename: file.file_size for file in archive.infolist()}
-    return Tree(str(path), {name: sizes[name] for name in sizes if _is_picture(name)}, read)
+        return Image.open(io.BytesIO(encoded)).convert("RGB")
+    except Exception as error:  # Pillow's decoders and zlib raise errors of many kinds
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "its content is of no known kind" if unknown else error
+        raise CorruptPicture(f"{name} is no readable picture: {reason}") from error
 
 
-def _is_picture(name: str) -> bool:
-    suffix = posixpath.splitext(name)[1].lower()
-    return suffix in SUFFIXES and not any(_hidden(part) for part in name.split("/"))
+def key(name: str) -> int:
+    """Returns a number in [0, 2**64) that is a function of the name alone (BLAKE2b)."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest())
 
 
-def _hidden(part: str) -> bool:
-    return part.startswith(".") or part == "__MACOSX"
+def fingerprint(*content: str | np.ndarray) -> str:
+    """Returns 12 hexadecimal digits that name the content."""
+    digest = hashlib.blake2b(digest_size=6)
+    for part in content:
+        digest.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part).data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
 class PictureSource:
-    """Picture files, decoded to RGB and cropped to a square each time they are asked for.
+    """Some of the pictures, decoded to RGB and cropped to a square each time they are asked for.
 
     Raises:
-      UserError: on access, where a file is no readable picture; it names the file.
+      CorruptPicture: on access, where one cannot be decoded.
     """
 
-    tree: Tree
-    names: Sequence[str]
-    label: np.ndarray  # int32 (n,)
+    pictures: Pictures
+    indices: np.ndarray  # int64 (n,), into `pictures`
     size: int  # pixels of a side
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> dict:
-        return {"x": self._picture(index), "label": int(self.label[index])}
+        picture, label = self.pictures.picture(int(self.indices[index]))
+        return {"x": np.asarray(centre_crop(picture, self.size)), "label": label}
 
-    def gather(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        indices = np.asarray(indices, np.int64)
+    def gather(
+        self, indices: Sequence[int] | np.ndarray, mirrored: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         x = np.empty((len(indices), self.size, self.size, 3), np.uint8)
-        for row, picture in zip(x, _threads().map(self._picture, indices), strict=True):
-            row[...] = picture
-        return {"x": x, "label": self.label[indices]}
-
-    def _picture(self, index: int) -> np.ndarray:
-        return np.asarray(centre_crop(self.tree.picture(self.names[index]), self.size))
+        label = np.empty(len(indices), np.int32)
+        for row, item in enumerate(_threads().map(self.__getitem__, indices)):
+            x[row], label[row] = item["x"], item["label"]
+        _mirror(x, mirrored)
+        return {"x": x, "label": label}
 
 
 @functools.cache

@@ -1,0 +1,203 @@
+"""Opens collections of encoded pictures: a folder, a .zip, or what TensorFlow Datasets prepared.
+
+`open_pictures` tells the kinds apart. What the folders around picture files mean as labels, the
+name of the data set decides.
+"""
+
+import os
+import pathlib
+import posixpath
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from utils import tfds
+from utils.cli import UserError
+from utils.sources import CorruptPicture, Pictures, fingerprint, key
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+# What TFDS calls a data set of ours; the first that is there is taken.
+TFDS_NAMES = {"imagenet256": ("imagenet2012",), "celebahq256": ("celebahq256", "celeb_a_hq/256")}
+
+
+def open_pictures(
+    source: str, *, dataset_name: str = "folder", data_dir: str = "", split: str = "train"
+) -> Pictures:
+    """Opens the encoded pictures of `source` without reading them.
+
+    Args:
+      source: a folder or a .zip of picture files; a folder that TFDS prepared (one version, the
+        folder of a data set's versions, or of all data sets); or a TFDS name, as 'imagenet2012' or
+        'celeb_a_hq/256', looked for under `data_dir`, by default $TFDS_DATA_DIR or
+        ~/tensorflow_datasets. Empty: the TFDS names of `dataset_name`.
+      dataset_name: 'folder', 'imagenet256' or 'celebahq256': what the labels are.
+      split: of a TFDS data set. Picture files have none but 'train'.
+
+    Raises:
+      UserError: there is no such thing, it holds no pictures, or it cannot be read.
+    """
+    names = TFDS_NAMES.get(dataset_name, ())
+    path = pathlib.Path(source).expanduser() if source else None
+    if path and path.exists():
+        version = _version_in(path, names)
+    else:
+        version = _version_of((source,) if source else names, data_dir, dataset_name)
+    if version:
+        return tfds.open_version(version, split, labelled=dataset_name != "celebahq256")
+    assert path
+    if split != "train":
+        raise UserError(f"{path} has no split {split}: give the folder of that split instead")
+    return _with_labels(_open_files(path), LABELS[dataset_name])
+
+
+def _version_in(path: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
+    """The TFDS data that is, or under one of `names` is in, a folder; None where there is none."""
+    found = (tfds.find_name(name, path) for name in names)
+    return next(filter(None, found), None) or tfds.find(path)
+
+
+def _version_of(names: Sequence[str], data_dir: str, dataset_name: str) -> pathlib.Path:
+    """The TFDS data of the first of `names` that is there."""
+    place = tfds.root(data_dir)
+    for version in (tfds.find_name(name, place) for name in names):
+        if version:
+            return version
+    what = f"{dataset_name} needs --data_dir=FOLDER_OR_ZIP of pictures"
+    if names:
+        what = f"no TFDS data set {' or '.join(names)} in {place}: give --data_dir=FOLDER_OR_ZIP"
+    how = next(filter(None, (tfds.how_to_make(name, place) for name in names)), "")
+    raise UserError(f"{what}; or {how}" if how else what)
+
+
+# Picture files.
+
+
+class Files(NamedTuple):
+    """The picture files under a folder or in a .zip; hidden files and other kinds are left out."""
+
+    where: str
+    sizes: dict[str, int]  # name relative to the folder or .zip, with forward slashes → bytes
+    read: Callable[[str], bytes]  # may be called from several threads
+
+
+def _open_files(path: pathlib.Path) -> Files:
+    """Lists the pictures of a folder or of a .zip, which is read in place."""
+    files = _open_folder(path) if path.is_dir() else _open_zip(path)
+    if not files.sizes and path.is_dir() and (names := tfds.names_in(path)):
+        raise UserError(f"{path} holds TFDS data: give one of {', '.join(names)} in it")
+    if not files.sizes:
+        raise UserError(f"{path} holds no pictures ({' '.join(sorted(SUFFIXES))}): see --data_dir")
+    return files
+
+
+def _open_folder(root: pathlib.Path) -> Files:
+    sizes = {}
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not _hidden(name)]
+        prefix = pathlib.Path(folder).relative_to(root).as_posix()
+        for file in filter(_is_picture, files):
+            name = posixpath.normpath(f"{prefix}/{file}")
+            sizes[name] = os.path.getsize(os.path.join(folder, file))
+    return Files(str(root), sizes, lambda name: (root / name).read_bytes())
+
+
+def _open_zip(path: pathlib.Path) -> Files:
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is no readable .zip ({error}): see --data_dir") from error
+    lock = threading.Lock()  # ZipFile counts its open members without one
+
+    def read(name: str) -> bytes:
+        with lock:
+            return archive.read(name)
+
+    sizes = {file.filename: file.file_size for file in archive.infolist()}
+    return Files(str(path), {name: sizes[name] for name in sizes if _is_picture(name)}, read)
+
+
+def _is_picture(name: str) -> bool:
+    suffix = posixpath.splitext(name)[1].lower()
+    return suffix in SUFFIXES and not any(_hidden(part) for part in name.split("/"))
+
+
+def _hidden(part: str) -> bool:
+    return part.startswith(".") or part == "__MACOSX"
+
+
+# Labels of picture files.
+
+Labels = tuple[np.ndarray, int]  # int32 (n,), number of classes
+
+
+def _with_labels(files: Files, law: Callable[[Sequence[str]], Labels]) -> Pictures:
+    """Names pictures below the folders that all share, in sorted order, with labels by `law`."""
+    paths = sorted(files.sizes)
+    names = _below_common_folder(paths)
+    labels, num_classes = law(names)
+
+    def read(index: int) -> tuple[bytes, int]:
+        try:
+            return files.read(paths[index]), int(labels[index])
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:  # one member of an archive
+            raise CorruptPicture(
+                f"{files.where}/{paths[index]} is no readable picture: {error}"
+            ) from error
+
+    table = zip(names, (files.sizes[path] for path in paths), labels, strict=True)
+    return Pictures(
+        where=files.where,
+        keys=np.array([key(name) for name in names], np.uint64),
+        name=paths.__getitem__,
+        read=read,
+        num_classes=num_classes,
+        fingerprint=fingerprint("\n".join(" ".join(map(str, row)) for row in table)),
+    )
+
+
+def _below_common_folder(paths: Sequence[str]) -> list[str]:
+    """Cuts the folders off that all files share, as around a folder put into a .zip."""
+    common = posixpath.commonpath({posixpath.dirname(path) for path in paths})
+    return [path[len(common) :].lstrip("/") for path in paths]
+
+
+def _labels_by_folder(names: Sequence[str]) -> Labels:
+    """Classes are the sorted top folders; pictures without folders have no labels."""
+    folders = _top_folders(names)
+    classes = {folder: index for index, folder in enumerate(sorted(set(folders)))}
+    if list(classes) == [""]:
+        return _no_labels(names)
+    if "" in classes:
+        loose = names[folders.index("")]
+        raise UserError(f"{loose} lies beside class folders: put it into one, see --data_dir")
+    if set(classes) <= {"train", "val", "valid", "validation", "test"}:
+        raise UserError(f"data_dir holds {' and '.join(classes)}: give one of these as --data_dir")
+    return np.array([classes[folder] for folder in folders], np.int32), len(classes)
+
+
+def _labels_of_imagenet(names: Sequence[str]) -> Labels:
+    """Folders that are all numbers below 1000 are class indices, though some may be missing."""
+    folders = _top_folders(names)
+    if all(folder.isdecimal() and int(folder) < 1000 for folder in set(folders)):
+        return np.array([int(folder) for folder in folders], np.int32), 1000
+    return _labels_by_folder(names)
+
+
+def _no_labels(names: Sequence[str]) -> Labels:
+    """None, as for CelebA-HQ: what folders some copies have is not used."""
+    return np.zeros(len(names), np.int32), 0
+
+
+def _top_folders(names: Sequence[str]) -> list[str]:
+    return [name.partition("/")[0] if "/" in name else "" for name in names]
+
+
+LABELS: dict[str, Callable[[Sequence[str]], Labels]] = {
+    "folder": _labels_by_folder,
+    "imagenet256": _labels_of_imagenet,
+    "celebahq256": _no_labels,
+}
