@@ -240,7 +240,7 @@ def test_mnist_as_tfrecord_needs_converting(tmp_path):
     info = tmp_path / "mnist" / "3.0.1" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     keys = {"dataset_name": "mnist", "data_dir": str(tmp_path)}
-    assert_one_line(lambda: data.load(config(**keys)), "--out_file_format=array_record")
+    assert_one_line(lambda: data.load(config(**keys)), "python scripts/convert_tfds.py --folder=")
 
 
 def prepare_mnist(folder, arrays: dict[str, np.ndarray]) -> None:
@@ -374,7 +374,15 @@ def test_image_size_is_that_of_the_first_picture_or_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["tree", "tree.zip"])
-@pytest.mark.parametrize("content", [b"", b"no picture", encode(picture(0, 64, 64, 3))[:900]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no picture",
+        encode(picture(0, 64, 64, 3))[:900],
+        encode(picture(0, 64, 64, 3), "jpeg")[:-200],
+    ],
+)
 def test_a_corrupt_picture_is_named(tmp_path, place, content):
     dataset = folder(tmp_path / place, flat(2) | {"bad.png": content}, holdout=0.0)
     assert_one_line(lambda: data.arrays(dataset.train), "bad.png", CorruptPicture)
@@ -478,7 +486,7 @@ def test_real_pictures(shared, name, file, n, classes, side):
         ({"dataset_name": "folder", "data_dir": "text.npz"}, "text.npz"),
         ({"dataset_name": "folder", "data_dir": "mixed"}, "loose.png"),
         ({"dataset_name": "folder", "data_dir": "splits"}, "train and val"),
-        ({"dataset_name": "imagenet256", "use_stable_vae": 1}, "--use_stable_vae=0 --data_dir="),
+        ({"dataset_name": "imagenet256", "use_stable_vae": 1}, "--use_stable_vae=0"),
     ],
 )
 def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path, monkeypatch, keys, mend):

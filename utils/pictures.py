@@ -45,7 +45,7 @@ def open_pictures(
     if path and path.exists():
         version = _version_in(path, names)
     else:
-        version = _version_of((source,) if source else names, data_dir, dataset_name)
+        version = _version_of(source, names, data_dir, dataset_name)
     if version:
         return tfds.open_version(version, split, labelled=dataset_name != "celebahq256")
     assert path
@@ -60,17 +60,24 @@ def _version_in(path: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None
     return next(filter(None, found), None) or tfds.find(path)
 
 
-def _version_of(names: Sequence[str], data_dir: str, dataset_name: str) -> pathlib.Path:
-    """The TFDS data of the first of `names` that is there."""
+def _version_of(
+    source: str, names: Sequence[str], data_dir: str, dataset_name: str
+) -> pathlib.Path:
+    """The TFDS data named `source`, or else of the first of `names` that is there."""
     place = tfds.root(data_dir)
+    names = (source,) if source else names
     for version in (tfds.find_name(name, place) for name in names):
         if version:
             return version
-    what = f"{dataset_name} needs --data_dir=FOLDER_OR_ZIP of pictures"
-    if names:
-        what = f"no TFDS data set {' or '.join(names)} in {place}: give --data_dir=FOLDER_OR_ZIP"
-    how = next(filter(None, (tfds.how_to_make(name, place) for name in names)), "")
-    raise UserError(f"{what}; or {how}" if how else what)
+    mend = "give --data_dir=FOLDER_OR_ZIP of pictures"
+    for how in filter(None, (tfds.how_to_make(name, place) for name in names)):
+        mend = f"{mend}; or {how}"
+    if source:
+        raise UserError(
+            f"{source} is no folder, no .zip and no TFDS data set under {place}: {mend}"
+        )
+    missing = f"; {place} has no {' or '.join(names)}" if names else ""
+    raise UserError(f"{dataset_name} needs a place{missing}: {mend}")
 
 
 # Picture files.

@@ -17,7 +17,8 @@ from utils.sources import Pictures, fingerprint, key
 _INFO = "dataset_info.json"
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NAME = re.compile(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?")
-# What TFDS asks the user to fetch by hand; its own preparation needs TensorFlow.
+# What TFDS asks the user to fetch by hand. Its command line is not used: it loads Apache Beam, no
+# version of which fits the packages pinned here.
 _BY_HAND = {
     "imagenet2012": "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar",
     "celeb_a_hq/256": "data256x256.tar",
@@ -56,11 +57,12 @@ def how_to_make(name: str, place: pathlib.Path) -> str:
     """What to run so that TFDS prepares `name` under `place`; '' for names not known here."""
     if name not in _BY_HAND:
         return ""
+    builder = f"tfds.builder('{name}', data_dir='{place}', file_format='array_record')"
+    config = "tfds.download.DownloadConfig(manual_dir='FOLDER')"
     return (
-        f"put {_BY_HAND[name]} into FOLDER, run make setup EXTRAS=prepare, then "
-        f".venv/bin/python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{place}', "
-        "file_format='array_record').download_and_prepare(download_config="
-        "tfds.download.DownloadConfig(manual_dir='FOLDER'))\""
+        f"put {_BY_HAND[name]} into FOLDER, run make setup EXTRAS=prepare and then "
+        '.venv/bin/python -c "import tensorflow_datasets as tfds; '
+        f'{builder}.download_and_prepare(download_config={config})"'
     )
 
 
@@ -126,8 +128,8 @@ def open_records(folder: pathlib.Path, split: str, decode: bool = False) -> tupl
         records = builder.as_data_source(split, decoders=decoders)
     except NotImplementedError as error:
         raise UserError(
-            f"{folder} cannot be read at random: convert it with tfds convert_format "
-            f"--dataset_version_dir={folder} --out_file_format=array_record"
+            f"{folder} is {builder.info.file_format.value}, which cannot be read at random: "
+            f"convert it with python scripts/convert_tfds.py --folder={folder}"
         ) from error
     except ValueError as error:
         splits = ", ".join(sorted(builder.info.splits))
