@@ -111,6 +111,11 @@ def missing_shards(folder: str | os.PathLike, card: Card) -> list[int]:
 # The card and the index.
 
 
+def is_prepared(folder: str | os.PathLike) -> bool:
+    """Whether `folder` is one that prepare_data.py wrote, or is writing."""
+    return bool(folder) and (pathlib.Path(folder).expanduser() / "card.json").is_file()
+
+
 def read_card(folder: str | os.PathLike, complete: bool = True) -> Card:
     """Reads OUT/card.json.
 
@@ -169,12 +174,14 @@ def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield part
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    try:
         part.replace(path)
     except FileNotFoundError:
         if not path.exists():  # else another process wrote the same, and tidied up
             raise
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: str | os.PathLike, older_than: float = _STALE) -> None:
@@ -202,6 +209,11 @@ def pack_picture(key: int, label: int, encoded: bytes) -> bytes:
     return _PICTURE.pack(key, label) + encoded
 
 
+def heads(records: Sequence[bytes]) -> np.ndarray:
+    """Key and label of records of either kind, `INDEX` (n,)."""
+    return np.frombuffer(b"".join(record[: INDEX.itemsize] for record in records), INDEX)
+
+
 def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
     """Writes a shard under a temporary name and renames it: it is there whole or not at all.
 
@@ -210,12 +222,20 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    try:
-        with _beside(path) as part:
+    with _beside(path) as part:
+        with _told(path):
             writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")
-            for record in records:
+        for record in records:
+            with _told(path):
                 writer.write(record)
+        with _told(path):  # the last buffer is written here, and errors of all others told
             writer.close()
+
+
+@contextlib.contextmanager
+def _told(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, OSError) as error:  # the library's errors are RuntimeErrors
         reason = str(error).partition(";")[0]
         raise UserError(
@@ -355,6 +375,11 @@ class MomentsSource:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def sides(self) -> int:
+        """2 where `gather` can give mirrored items, else 1."""
+        return 2 if self.card.flipped else 1
 
     def __getitem__(self, index: int) -> dict:
         item = self.gather([index])

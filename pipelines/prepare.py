@@ -1,0 +1,511 @@
+"""Pictures → shards of an autoencoder's moments, or of cropped pictures; `utils/shards.py` reads
+them.
+
+The pictures of a source, in its order, are cut into shards of fixed size. A shard is there whole or
+not at all, so that an interruption costs one shard and loses or doubles nothing, and any number of
+processes can each make a part of them. Batches never reach over shards: what is computed together,
+and so every bit of the result, does not depend on interruptions.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import io
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from models.autoencoder import Autoencoder
+from pipelines.pretrained import Pretrained, copy_autoencoder, load_autoencoder
+from utils import shards
+from utils.cli import UserError
+from utils.fid import FeatureStats
+from utils.log import progress
+from utils.pictures import open_pictures
+from utils.sharding import batch_sharding, make_mesh, replicated
+from utils.shards import Card
+from utils.sources import CorruptPicture, Pictures, centre_crop
+
+PACKAGES = ("jax", "flax", "numpy", "pillow", "array_record")  # whose versions the card tells
+_AHEAD = 2  # batches that are read and decoded while one is encoded
+_PER_DEVICE = {"cpu": 4}  # pictures per device and call
+_PER_ACCELERATOR = 32
+
+
+class Plan(NamedTuple):
+    """What is to be made, as the flags of prepare_data.py say it."""
+
+    source: str  # folder, .zip, TFDS folder or name
+    out: str
+    autoencoder: str  # folder, name on the hub, or none
+    dataset_name: str = ""  # what folders mean as labels; empty: by the source
+    data_dir: str = ""
+    split: str = "train"
+    image_size: int = 256
+    dtype: str = "float16"  # of what is stored
+    flip: bool = False
+    compute_dtype: str = "float32"
+    batch_size: int = 0  # over all local devices; 0: by their number
+    shard_size: int = 0  # 0: by the number of pictures
+    share: str = ""  # I/N; empty: this jax process of all
+    num: int = 0  # only the first so many pictures; 0: all
+    skip_corrupt: bool = False
+
+
+class Work(NamedTuple):
+    """A plan with what it names opened."""
+
+    plan: Plan
+    pictures: Pictures
+    pretrained: Pretrained | None  # None: pictures are kept as pictures
+    card: Card
+
+
+def prepare(plan: Plan) -> str:
+    """Makes the shards of this process's share that are not there yet; returns what there is now.
+
+    The process that finds all shards there reads them once and completes the folder.
+
+    Raises:
+      UserError: a plan that cannot be carried out, one that differs from what `plan.out` was begun
+        with, a corrupt picture, moments that are not finite, or a disk that is full.
+    """
+    share, of = _share(plan.share)
+    work = open_work(plan)
+    out = pathlib.Path(plan.out).expanduser()
+    card = _begin(out, work)
+    shards.remove_leftovers(out)
+    todo = [k for k in shards.missing_shards(out, card) if k % of == share]
+    mine = sum(card.expected(k) for k in range(share, card.shards, of))
+    done = mine - sum(map(card.expected, todo))
+    with progress(done, mine, "picture", "prepare") as bar:
+        stream = _ticked(_records(work, todo), bar)
+        for shard, parts in itertools.groupby(stream, key=lambda part: part.shard):
+            records = (record for part in parts for record in part.records)
+            shards.write_shard(shards.shard_path(out, card, shard), records)
+    missing = shards.missing_shards(out, card)
+    if missing:
+        there = f"{card.shards - len(missing)} of {card.shards} shards are there"
+        return f"share {share}/{of} of {out} is done; {there}, the other shares make the rest"
+    return told(out, complete(out, work))
+
+
+def told(out: pathlib.Path, card: Card) -> str:
+    """Says in a line what a complete folder holds."""
+    size = sum(shards.shard_path(out, card, k).stat().st_size for k in range(card.shards))
+    skipped = f", {len(card.skipped)} corrupt ones left out" if card.skipped else ""
+    return (
+        f"{out} is complete: {card.count} pictures{skipped}, {card.shards} shards, "
+        f"{size / 1e6:.1f} MB, content {card.content}"
+    )
+
+
+# What is asked for.
+
+
+def open_work(plan: Plan) -> Work:
+    """Opens the pictures and the autoencoder, and writes down what is to be made.
+
+    Raises:
+      UserError: they cannot be opened, or do not go together with the plan.
+    """
+    if not plan.source or not plan.out:
+        raise UserError("give --source=FOLDER_OR_ZIP_OR_TFDS_NAME and --out=FOLDER")
+    if plan.image_size < 1 or plan.num < 0 or plan.shard_size < 0 or plan.batch_size < 0:
+        raise UserError("image_size, num, shard_size and batch_size are no less than 0: see --help")
+    name = plan.dataset_name or dataset_name_of(plan.source)
+    pictures = open_pictures(
+        plan.source, dataset_name=name, data_dir=plan.data_dir, split=plan.split
+    )
+    if len(np.unique(pictures.keys)) < len(pictures.keys):
+        raise UserError(f"{pictures.where} has two pictures of one name: rename one")
+    pretrained = None
+    if plan.autoencoder != "none":
+        pretrained = load_autoencoder(plan.autoencoder, dtype=plan.compute_dtype)
+    elif plan.flip:
+        raise UserError("pictures are mirrored when they are read: leave --flip out")
+    return Work(plan, pictures, pretrained, _card(plan, name, pictures, pretrained))
+
+
+def dataset_name_of(source: str) -> str:
+    """Which labels a source has when nobody says: TFDS names and prepared folders tell."""
+    if (pathlib.Path(source).expanduser() / "card.json").is_file():
+        return shards.read_card(source, complete=False).dataset_name
+    words = set(re.split(r"[/\\:]", source))
+    if "imagenet2012" in words:
+        return "imagenet256"
+    return "celebahq256" if words & {"celeb_a_hq", "celebahq256"} else "folder"
+
+
+def _card(plan: Plan, name: str, pictures: Pictures, pretrained: Pretrained | None) -> Card:
+    size, count = plan.image_size, min(plan.num or len(pictures.keys), len(pictures.keys))
+    shard_size = plan.shard_size or shards.shard_size_for(count)
+    shape, dtype, autoencoder = (size, size, 3), "uint8", None
+    if pretrained is not None:
+        shape, dtype = latent_shapes(pretrained.autoencoder, size)[0], plan.dtype
+        autoencoder = {
+            "name": plan.autoencoder,
+            "fingerprint": pretrained.fingerprint,
+            "compute_dtype": plan.compute_dtype,
+        }
+    return Card(
+        kind="moments" if pretrained else "pictures",
+        dataset_name=name,
+        source={"source": plan.source, "data_dir": plan.data_dir, "split": plan.split},
+        source_fingerprint=pictures.fingerprint,
+        source_count=count,
+        num_classes=pictures.num_classes,
+        image_size=size,
+        crop=shards.CROP,
+        autoencoder=autoencoder,
+        dtype=dtype,
+        shape=shape,
+        flipped=plan.flip,
+        shard_size=shard_size,
+        shards=-(-count // shard_size),
+        versions={package: importlib.metadata.version(package) for package in PACKAGES},
+    )
+
+
+def latent_shapes(autoencoder: Autoencoder, size: int) -> tuple[tuple, tuple]:
+    """The shapes (h, w, c) of one picture's moments and of its latents.
+
+    Raises:
+      UserError: the autoencoder does not give back pictures of `size` pixels a side.
+    """
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    try:
+        moments = jax.eval_shape(
+            autoencoder.moments, jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+        )
+        x = jax.eval_shape(autoencoder.sample, moments, key)
+        side = jax.eval_shape(autoencoder.decode, x).shape[1]
+    except (ValueError, TypeError, ZeroDivisionError):  # too small for its layers
+        side = 0
+    if side != size:
+        raise UserError(
+            f"image_size {size} does not fit the autoencoder: give --image_size=256, or another "
+            "multiple of 64"
+        )
+    return moments.shape[1:], x.shape[1:]
+
+
+def _share(text: str) -> tuple[int, int]:
+    """Which shards this process makes: those with k % N == I."""
+    if not text:
+        return jax.process_index(), jax.process_count()
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    share, of = map(int, found.groups()) if found else (0, 0)
+    if share >= of:
+        raise UserError(f"--share={text}: give I/N, as 0/2 and 1/2 for two processes")
+    return share, of
+
+
+# The folder.
+
+
+def _begin(out: pathlib.Path, work: Work) -> Card:
+    """Writes the card and copies the autoencoder, or checks that the work goes on with the same."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "card.json").exists():
+        if any(not path.name.startswith(".") for path in out.iterdir()):
+            raise UserError(f"{out} holds something else: give a new folder as --out")
+        shards.write_card(out, work.card)
+    card = shards.read_card(out, complete=False)
+    _check_same(out, card, work.card)
+    if work.pretrained is not None:
+        copy_autoencoder(work.pretrained.folder, out / "autoencoder")
+    return card
+
+
+def _check_same(out: pathlib.Path, begun: Card, asked: Card) -> None:
+    """Refuses to go on with other options; what stands for a place or a name may differ."""
+    if begun.kind == asked.kind == "moments":
+        for part in ("fingerprint", "compute_dtype"):
+            was, now = ((card.autoencoder or {})[part] for card in (begun, asked))
+            if was != now:
+                _refuse(out, f"autoencoder {part}", was, now)
+    free = {"source", "autoencoder", "versions", "complete", "count", "skipped", "content"}
+    for field in dataclasses.fields(Card):
+        if field.name not in free | {"mean", "std"}:
+            was, now = getattr(begun, field.name), getattr(asked, field.name)
+            if was != now:
+                _refuse(out, field.name.replace("_", " "), was, now)
+
+
+def _refuse(out: pathlib.Path, what: str, was: Any, now: Any) -> None:
+    raise UserError(f"{out} was begun with {what} {was}, not {now}: give another --out")
+
+
+# The stream of records.
+
+
+class Part(NamedTuple):
+    """Some consecutive records of a shard."""
+
+    shard: int
+    pictures: int  # that they stand for, corrupt ones among them
+    records: Sequence[bytes]
+
+
+class _Item(NamedTuple):
+    """A picture of the source, ready to be stored."""
+
+    number: int  # in the source
+    label: int
+    content: Any  # uint8 (H, W, 3), or an encoded picture
+
+
+class _Batch(NamedTuple):
+    """The pictures that go through the encoder together, less the corrupt ones."""
+
+    shard: int
+    pictures: int
+    items: list[_Item]
+
+
+def _ticked(parts: Iterable[Part], bar) -> Iterator[Part]:
+    for part in parts:
+        yield part
+        bar.update(part.pictures)
+
+
+def _records(work: Work, todo: Sequence[int]) -> Iterator[Part]:
+    """The records of the shards `todo`, in order."""
+    size = batch_size(work.plan.batch_size, work.card.shard_size)
+    jobs = [
+        (shard, range(start, min(start + size, end)))
+        for shard in todo
+        for first, end in [_items_of(work.card, shard)]
+        for start in range(first, end, size)
+    ]
+    if work.pretrained is not None:
+        load = functools.partial(_decoded, work.pictures, work.card.image_size)
+        batches = _loaded(jobs, load, work.plan.skip_corrupt)
+        return _encoded(batches, work.pictures, work.card, work.pretrained.autoencoder, size)
+    load = functools.partial(_cropped, work.pictures, work.card.image_size)
+    batches = _loaded(jobs, load, work.plan.skip_corrupt)
+    return (Part(b.shard, b.pictures, _as_pictures(work.pictures, b)) for b in batches)
+
+
+def _items_of(card: Card, shard: int) -> tuple[int, int]:
+    first = shard * card.shard_size
+    return first, first + card.expected(shard)
+
+
+def batch_size(wanted: int, shard_size: int) -> int:
+    """Pictures per call of the encoder, over all local devices; 0: by their kind and number.
+
+    Raises:
+      UserError: the devices cannot share it.
+    """
+    count = jax.local_device_count()
+    if wanted % count:
+        near = max(1, round(wanted / count)) * count
+        raise UserError(
+            f"batch_size {wanted} cannot be shared by {count} devices: give --batch_size={near}"
+        )
+    each = _PER_DEVICE.get(jax.default_backend(), _PER_ACCELERATOR)
+    fitting = -(-shard_size // count) * count  # a shard is the most that there is at once
+    return min(wanted or each * count, fitting)
+
+
+def _loaded(jobs: Sequence, load: Callable[[int], _Item], skip: bool) -> Iterator[_Batch]:
+    """Reads pictures on threads, some batches ahead: Pillow decodes without Python's lock."""
+    waiting: collections.deque[tuple[int, list[Future]]] = collections.deque()
+    pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1), thread_name_prefix="prepare")
+    try:
+        for shard, rows in jobs:
+            waiting.append((shard, [pool.submit(load, index) for index in rows]))
+            if len(waiting) > _AHEAD:
+                yield _collected(waiting.popleft(), skip)
+        while waiting:
+            yield _collected(waiting.popleft(), skip)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _collected(job: tuple[int, list[Future]], skip: bool) -> _Batch:
+    (shard, futures), items = job, []
+    for future in futures:
+        try:
+            items.append(future.result())
+        except CorruptPicture as error:
+            if not skip:
+                raise UserError(f"{error}: mend it, or leave it out with --skip_corrupt") from error
+            tqdm.write(f"left out: {error}")
+    return _Batch(shard, len(futures), items)
+
+
+def _decoded(pictures: Pictures, size: int, index: int) -> _Item:
+    picture, label = pictures.picture(index)
+    return _Item(index, label, np.asarray(centre_crop(picture, size)))
+
+
+def _cropped(pictures: Pictures, size: int, index: int) -> _Item:
+    """The source's own bytes where the crop changes nothing, else PNG, which loses nothing."""
+    picture, label = pictures.picture(index)
+    if picture.size == (size, size):
+        encoded = pictures.read(index)[0]
+        if Image.open(io.BytesIO(encoded)).mode in ("RGB", "L"):
+            return _Item(index, label, encoded)
+    file = io.BytesIO()
+    centre_crop(picture, size).save(file, format="png")
+    return _Item(index, label, file.getvalue())
+
+
+def _as_pictures(pictures: Pictures, batch: _Batch) -> list[bytes]:
+    keys = pictures.keys
+    return [shards.pack_picture(int(keys[i]), label, x) for i, label, x in batch.items]
+
+
+# Encoding.
+
+
+class Encoded(NamedTuple):
+    """What the encoder gives for n pictures."""
+
+    moments: jax.Array  # (n, sides, h, w, c), of the type that is stored
+    finite: jax.Array  # bool (n,): as computed
+    kept: jax.Array  # bool (n,): as stored
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "flip"))
+def encode(autoencoder: Autoencoder, pictures: jax.Array, dtype: str, flip: bool) -> Encoded:
+    """Returns the moments of uint8 pictures (n, H, W, 3), and of their mirror images, as stored."""
+    sides = [autoencoder.moments(pictures)]
+    if flip:
+        sides.append(autoencoder.moments(pictures[:, :, ::-1]))
+    moments = jnp.stack(sides, axis=1)
+    stored = moments.astype(shards.DTYPES[dtype])
+    axes = tuple(range(1, moments.ndim))
+    return Encoded(stored, jnp.isfinite(moments).all(axes), jnp.isfinite(stored).all(axes))
+
+
+def _encoded(
+    batches: Iterable[_Batch], pictures: Pictures, card: Card, autoencoder: Autoencoder, size: int
+) -> Iterator[Part]:
+    """Encodes on all local devices; one batch is computed while the one before it is stored."""
+    mesh = make_mesh(devices=jax.local_devices())
+    autoencoder = jax.device_put(autoencoder, replicated(mesh))
+    place = batch_sharding(mesh)
+
+    def begin(batch: _Batch) -> Encoded:
+        side = card.image_size
+        x = np.zeros((size, side, side, 3), np.uint8)  # the last batch of a shard is filled up
+        for row, item in zip(x, batch.items, strict=False):
+            row[...] = item.content
+        return encode(autoencoder, jax.device_put(x, place), card.dtype, card.flipped)
+
+    def end(batch: _Batch, encoded: Encoded) -> Part:
+        count = len(batch.items)
+        moments, finite, kept = (np.asarray(value)[:count] for value in encoded)
+        if not kept.all():
+            bad = int(np.flatnonzero(~kept)[0])
+            _refuse_moments(pictures, batch.items[bad].number, card.dtype, bool(finite[bad]))
+        key = pictures.keys[[item.number for item in batch.items]] if count else np.zeros(0)
+        label = np.array([item.label for item in batch.items])
+        return Part(batch.shard, batch.pictures, shards.pack(card.record, key, label, moments))
+
+    before: tuple[_Batch, Encoded] | None = None
+    for batch in batches:
+        started = batch, begin(batch)
+        if before:
+            yield end(*before)
+        before = started
+    if before:
+        yield end(*before)
+
+
+def _refuse_moments(pictures: Pictures, index: int, dtype: str, finite: bool) -> None:
+    name = f"{pictures.where}/{pictures.name(index)}"
+    if finite:
+        raise UserError(f"the moments of {name} overflow {dtype}: give --dtype=bfloat16")
+    raise UserError(f"the moments of {name} are not finite: see --autoencoder and --compute_dtype")
+
+
+# Completing the folder.
+
+
+def complete(out: pathlib.Path, work: Work) -> Card:
+    """Reads all records once and writes the index and the completed card.
+
+    Processes that finish together write the same.
+
+    Raises:
+      UserError: a shard is damaged, or holds what is not the source's.
+    """
+    card = shards.read_card(out, complete=False)
+    if card.complete and (out / "index.npy").is_file():
+        return card
+    digest, index, skipped = hashlib.blake2b(digest_size=6), [], []
+    channels = latent_channels(work)
+    stats = FeatureStats.empty(channels)
+    with progress(0, card.source_count, "picture", "check") as bar:
+        for k in range(card.shards):
+            shard = shards.Shard(shards.shard_path(out, card, k))
+            rows = []
+            for records in shard.chunks():
+                for record in records:
+                    digest.update(record)
+                rows.append(shards.heads(records))
+                if channels:
+                    stats = stats.update(_means(card, records, channels))
+            shard.close()
+            index.append(np.concatenate([np.zeros(0, shards.INDEX), *rows]))
+            skipped += _left_out(work.pictures, card, k, index[-1]["key"], shard.path)
+            bar.update(card.expected(k))
+    heads = np.concatenate(index)
+    shards.write_index(out, heads)
+    card = dataclasses.replace(
+        card,
+        complete=True,
+        count=len(heads),
+        skipped=tuple(skipped),
+        content=digest.hexdigest(),
+        mean=tuple(stats.mean.tolist()) if channels and len(heads) else (),
+        std=tuple(np.sqrt(np.diag(stats.cov)).tolist()) if channels and len(heads) else (),
+    )
+    shards.write_card(out, card)
+    shards.remove_leftovers(out, older_than=-1)
+    return card
+
+
+def latent_channels(work: Work) -> int:
+    """Channels of the latents, which come first in the moments; 0 for pictures."""
+    if work.pretrained is None:
+        return 0
+    return latent_shapes(work.pretrained.autoencoder, work.card.image_size)[1][-1]
+
+
+def _means(card: Card, records: list[bytes], channels: int) -> np.ndarray:
+    """The posterior means (m, channels) of all places of the records; not of mirrored pictures."""
+    rows = np.frombuffer(b"".join(records), card.record)
+    return rows["moments"][:, 0, ..., :channels].reshape(-1, channels).astype(np.float64)
+
+
+def _left_out(
+    pictures: Pictures, card: Card, shard: int, keys: np.ndarray, path: pathlib.Path
+) -> list[str]:
+    """Names the pictures that a shard stands for and does not hold.
+
+    Raises:
+      UserError: it holds others, or not in the source's order.
+    """
+    first, end = _items_of(card, shard)
+    there = np.isin(pictures.keys[first:end], keys)
+    if not np.array_equal(pictures.keys[first:end][there], keys):
+        raise UserError(f"{path} is not of {pictures.where}: delete it and {shards.AGAIN}")
+    return [pictures.name(first + int(i)) for i in np.flatnonzero(~there)]
