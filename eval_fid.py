@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from pipelines import report, sweep
-from pipelines.flow import FlowPipeline
 from utils import cli
 
 WORKDIR = flags.DEFINE_multi_string("workdir", [], "A run's folder; give the flag once per run.")
@@ -32,7 +31,10 @@ OUT = flags.DEFINE_string("out", "runs/eval", "Folder of the table and the pictu
 SEED = flags.DEFINE_integer("seed", 0, "Of noise and labels, which are the same for every run.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time; changes no result.")
 CACHE_DIR = flags.DEFINE_string("cache_dir", "runs/cache", "Keeps classifiers and references.")
-DATA_DIR = flags.DEFINE_string("data_dir", "", "The data set, if not where the run found it.")
+DATA_DIR = flags.DEFINE_string("data_dir", "", "The pictures, if not where the run found them.")
+AUTOENCODER = flags.DEFINE_string(
+    "autoencoder", "", "Of runs on latents: its folder, if not where the run found it."
+)
 
 
 def main(_: Sequence[str]) -> None:
@@ -44,13 +46,10 @@ def main(_: Sequence[str]) -> None:
         batch_size=BATCH_SIZE.value,
         seed=SEED.value,
     )
-    names = sweep.run_names(WORKDIR.value)
-    runs = {name: FlowPipeline.from_pretrained(path) for name, path in names.items()}
-    if DATA_DIR.value:
-        for pipeline in runs.values():
-            pipeline.config.data_dir = DATA_DIR.value
+    runs = sweep.load_runs(WORKDIR.value, AUTOENCODER.value)
     pathlib.Path(OUT.value).mkdir(parents=True, exist_ok=True)  # not after the work
-    print(report.write(sweep.measure(runs, plan, CACHE_DIR.value), OUT.value))
+    sections = sweep.measure(runs, plan, CACHE_DIR.value, DATA_DIR.value)
+    print(report.write(sections, OUT.value))
     print(f"written to {OUT.value}: results.md, results.csv, results.png, samples*.png")
 
 

@@ -18,7 +18,9 @@ def get_config() -> ConfigDict:
             "image_size": 0,  # pixels; 0: as the data set has it
             "flip": False,  # random horizontal flip
             "holdout": 0.1,  # share kept from training, where the data set has no split of its own
-            "use_stable_vae": 0,  # 1: latents of the Stable Diffusion VAE; 0: pixels
+            "use_stable_vae": 0,  # 1: latents that prepare_data.py wrote to data_dir; 0: pixels
+            "autoencoder": "",  # folder or hub name of what made them; "": the copy beside them
+            "cache": "disk",  # where the data is kept: disk, host or device memory
             # Training.
             "seed": 0,
             "batch_size": 256,  # over all devices and hosts, accumulation included

@@ -1,7 +1,9 @@
 """From a config to the objects it names. Sizes are resolved here; keys given win over the table."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,8 +19,10 @@ from models import autoencoder as autoencoders
 from models.dit import SIZES, DiT
 from models.layers import TIME_INPUTS
 from models.mlp import MLP
+from pipelines.pretrained import Pretrained, load_autoencoder
 from utils.cli import SIZE_KEYS, UserError, flatten
 
+AUTOENCODER = "autoencoder"  # the folder of the copy that goes with latents, and with a model
 MANY = 2**31 - 1
 RANGES: dict[str, tuple[float, float]] = {  # the least and the most a key may be
     "seed": (0, MANY),
@@ -66,6 +70,8 @@ def check_ranges(config: ConfigDict) -> None:
         )
     if o.schedule not in ("constant", "cosine"):
         raise UserError(f"optimizer.schedule={o.schedule!r}: constant or cosine")
+    if config.use_stable_vae not in (0, 1):
+        raise UserError(f"use_stable_vae={config.use_stable_vae}: 1 for latents, 0 for pixels")
     if config.wandb.mode not in ("disabled", "offline", "online"):
         raise UserError(f"wandb.mode={config.wandb.mode!r}: disabled, offline or online")
     steps = config.sample.steps
@@ -153,9 +159,56 @@ def dit_sizes(model: ConfigDict, shape: tuple[int, ...]) -> dict[str, int]:
     return sizes
 
 
-def autoencoder(config: ConfigDict, shape: tuple[int, ...]) -> autoencoders.Autoencoder:
-    """What lies between pictures and the flow."""
-    return autoencoders.points() if len(shape) == 1 else autoencoders.pixels()
+def autoencoder(
+    config: ConfigDict, shape: tuple[int, ...], fingerprint: str = ""
+) -> autoencoders.Autoencoder:
+    """What lies between pictures and the flow.
+
+    Args:
+      shape: of a picture, of latents or of a point.
+      fingerprint: of the autoencoder that made the latents; empty: any will do.
+    Raises:
+      UserError: no autoencoder, a damaged one, or another than that of `fingerprint`.
+    """
+    if len(shape) == 1:
+        return autoencoders.points()
+    if not config.use_stable_vae:
+        return autoencoders.pixels()
+    name = autoencoder_place(config)
+    loaded = _loaded(name)
+    if fingerprint not in ("", loaded.fingerprint):
+        raise UserError(
+            f"the latents were made by another autoencoder (fingerprint {fingerprint}) than {name} "
+            f"({loaded.fingerprint}): give --autoencoder=FOLDER of that one, or prepare them again"
+        )
+    return loaded.autoencoder
+
+
+@functools.lru_cache(maxsize=1)  # runs that are compared share it
+def _loaded(name: str) -> Pretrained:
+    return load_autoencoder(name)
+
+
+def autoencoder_place(config: ConfigDict) -> str:
+    """The folder or hub name of the config's autoencoder: its own, else the copy in data_dir.
+
+    Raises:
+      UserError: there is neither.
+    """
+    copy = Path(config.data_dir).expanduser() / AUTOENCODER
+    if config.autoencoder or copy.is_dir():
+        return config.autoencoder or str(copy)
+    raise UserError(
+        f"{config.data_dir or 'data_dir'} holds no copy of the autoencoder: give "
+        "--autoencoder=FOLDER, or its name on the hub"
+    )
+
+
+def latent_shape(codec: autoencoders.Autoencoder, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what the network sees, from the shape of what is stored."""
+    moments = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    return jax.eval_shape(codec.sample, moments, keys).shape[1:]
 
 
 def flow_objective(config: ConfigDict, num_classes: int) -> Callable:

@@ -24,6 +24,7 @@ from flows.guidance import guided_velocity, network_calls
 from flows.samplers import instantaneous, sample, uniform_grid
 from models.autoencoder import Autoencoder
 from pipelines import build
+from pipelines.pretrained import copy_autoencoder
 from utils.checkpoint import Checkpoints
 from utils.cli import UserError, flatten
 from utils.sharding import batch_sharding, make_mesh, replicated
@@ -39,8 +40,10 @@ class FlowPipeline:
     Attributes:
       config: the run's config; `config.objective` says how it was trained.
       card: shape, num_classes, parameters, flops_per_step, train_steps, train_images, train_flops,
-        trained_guidance (ω′; 1: none), dataset.
+        trained_guidance (ω′; 1: none), dataset, autoencoder (fingerprint), pictures (where those
+        lie that the latents were made of).
       network: (init, apply, null_label), built from the two.
+      autoencoder: latents ↔ pictures; its leaves are its parameters.
       sampler: `make_sampler` of it, compiled once per step count.
       params: the averaged parameters.
     """
@@ -48,26 +51,37 @@ class FlowPipeline:
     config: ConfigDict
     card: dict[str, Any]
     network: build.Network
+    autoencoder: Autoencoder
     sampler: Callable[..., Array]
     params: Any
 
     @classmethod
-    def build(cls, config: ConfigDict, card: dict[str, Any], params: Any = None) -> "FlowPipeline":
-        """Builds the network that `config` and `card` describe, around `params`."""
+    def build(
+        cls,
+        config: ConfigDict,
+        card: dict[str, Any],
+        params: Any = None,
+        autoencoder: Autoencoder | None = None,
+    ) -> "FlowPipeline":
+        """Builds the network that `config` and `card` describe, around `params`.
+
+        Args:
+          autoencoder: where it is loaded already; None: the one that config and card name.
+        """
         shape = tuple(card["shape"])
+        if autoencoder is None:
+            autoencoder = build.autoencoder(config, shape, card.get("autoencoder", ""))
         network = build.network(config, shape, card["num_classes"])
-        sampler = make_sampler(
-            network,
-            build.autoencoder(config, shape),
-            shape,
-            averages=config.objective == "mean_flow",
-        )
-        return cls(config, card, network, sampler, params)
+        sampler = make_sampler(network, shape, averages=config.objective == "mean_flow")
+        return cls(config, card, network, autoencoder, sampler, params)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike) -> "FlowPipeline":
+    def from_pretrained(cls, path: str | os.PathLike, autoencoder: str = "") -> "FlowPipeline":
         """Loads a run's workdir, or a folder that `save_pretrained` wrote.
 
+        Args:
+          autoencoder: folder or hub name, for a run on latents; empty: the copy in `path`, or where
+            the run had it from.
         Raises:
           UserError: no such folder, no weights in it, or weights of another network.
         """
@@ -75,6 +89,8 @@ class FlowPipeline:
         config, card = read_config(path / "config.json"), read_json(path / "card.json")
         if not {"shape", "num_classes"} <= card.keys() or not config.objective:
             raise UserError(f"{path} holds no whole run: its config.json or card.json lacks keys")
+        copy = path / build.AUTOENCODER
+        config.autoencoder = autoencoder or (str(copy) if copy.is_dir() else config.autoencoder)
         pipeline = cls.build(config, card)
         abstract = jax.eval_shape(pipeline.network.init, jax.random.key(0))
         if (path / WEIGHTS).exists():
@@ -106,6 +122,8 @@ class FlowPipeline:
         write_json(path / "card.json", self.card)
         part = path / f"{WEIGHTS}.part"  # the weights last and at once: with them it is whole
         safetensors.numpy.save_file(tensors, part)
+        if self.config.use_stable_vae:
+            copy_autoencoder(build.autoencoder_place(self.config), path / build.AUTOENCODER)
         part.replace(path / WEIGHTS)
 
     @property
@@ -148,9 +166,9 @@ class FlowPipeline:
             jax.device_put(np.pad(np.asarray(a, np.int32), (0, padding)), batch_sharding(mesh))
             for a in (labels, indices)
         )
-        params = jax.device_put(self.params, replicated(mesh))
+        params, codec = jax.device_put((self.params, self.autoencoder), replicated(mesh))
         interval = tuple(guidance_interval)
-        pictures = self.sampler(params, label, index, seed, steps, guidance, interval)
+        pictures = self.sampler(params, codec, label, index, seed, steps, guidance, interval)
         return np.asarray(jax.device_get(pictures))[:n]
 
     def network_calls(
@@ -174,16 +192,17 @@ class FlowPipeline:
 
 
 def make_sampler(
-    network: build.Network, autoencoder: Autoencoder, shape: tuple[int, ...], *, averages: bool
+    network: build.Network, shape: tuple[int, ...], *, averages: bool
 ) -> Callable[..., Array]:
-    """Returns the jitted (params, label, index, seed, steps, guidance, interval) → pictures.
+    """Returns the jitted (params, autoencoder, label, index, seed, steps, guidance, interval) →
+    pictures.
 
     Args:
       averages: the network knows average velocities (MeanFlow) and is asked for u(z, r, t); else it
         is asked for u(z, t, t), the velocity of the flow.
     """
 
-    def run(params, label, index, seed, steps, guidance, interval):
+    def run(params, autoencoder, label, index, seed, steps, guidance, interval):
         keys = jax.vmap(lambda i: jax.random.fold_in(stream(seed, SAMPLING), i))(index)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
         velocity = guided_velocity(
@@ -192,7 +211,7 @@ def make_sampler(
         velocity = velocity if averages else instantaneous(velocity)
         return autoencoder.decode(sample(velocity, noise, uniform_grid(steps)))
 
-    return jax.jit(run, static_argnums=(4, 5, 6))
+    return jax.jit(run, static_argnums=(5, 6, 7))
 
 
 def trained_card(config: ConfigDict, card: dict[str, Any], step: int) -> dict[str, Any]:

@@ -104,7 +104,10 @@ class Section(NamedTuple):
 
 
 def measure(
-    runs: Mapping[str, FlowPipeline], plan: Plan, cache_dir: str | os.PathLike = "runs/cache"
+    runs: Mapping[str, FlowPipeline],
+    plan: Plan,
+    cache_dir: str | os.PathLike = "runs/cache",
+    data_dir: str = "",
 ) -> list[Section]:
     """Measures all cells, and real data beside them; one section per data set.
 
@@ -112,11 +115,13 @@ def measure(
       runs: names and pipelines; pictures of one data set, or points of any.
       plan: steps, guidance and how many samples.
       cache_dir: where classifiers and reference statistics are kept.
+      data_dir: of the pictures, or of MNIST; empty: where the runs, or who prepared the latents,
+        found them.
 
     Raises:
       UserError: an impossible plan, or runs that cannot be compared.
     """
-    groups = _groups(runs, _checked(plan))
+    groups = _groups(runs, _checked(plan), data_dir)
     return [
         _points(group) if len(group.dataset.shape) == 1 else _pictures(group, cache_dir)
         for group in groups
@@ -124,6 +129,20 @@ def measure(
 
 
 # What can be compared.
+
+
+def load_runs(
+    folders: Iterable[str | os.PathLike], autoencoder: str = ""
+) -> dict[str, FlowPipeline]:
+    """Loads the runs in `folders`, by the names of `run_names`.
+
+    Args:
+      autoencoder: of runs on latents; empty: the one that each names.
+    Raises:
+      UserError: a folder that holds no run, or two of one name.
+    """
+    names = run_names(folders).items()
+    return {name: FlowPipeline.from_pretrained(path, autoencoder) for name, path in names}
 
 
 def run_names(folders: Iterable[str | os.PathLike]) -> dict[str, pathlib.Path]:
@@ -159,13 +178,13 @@ def _checked(plan: Plan) -> Plan:
     )
 
 
-def _groups(runs: Mapping[str, FlowPipeline], plan: Plan) -> list[Group]:
+def _groups(runs: Mapping[str, FlowPipeline], plan: Plan, data_dir: str) -> list[Group]:
     """Groups runs by data set; several data sets share a call only where they are points."""
     if not runs:
         raise UserError("no run to measure: give --workdir=FOLDER")
     groups: dict[str, Group] = {}
     for name, pipeline in runs.items():
-        dataset = data.load(pipeline.config)
+        dataset = data.load_pictures(pipeline.config, pipeline.card.get("pictures"), data_dir)
         _check_data(name, pipeline, dataset, plan)
         group = groups.setdefault(dataset.fingerprint, Group(dataset, {}, plan))
         group.runs[name] = pipeline
@@ -177,7 +196,8 @@ def _groups(runs: Mapping[str, FlowPipeline], plan: Plan) -> list[Group]:
 
 def _check_data(name: str, pipeline: FlowPipeline, dataset: data.Dataset, plan: Plan) -> None:
     here = dataset.identity
-    there = pipeline.card.get("dataset", here)
+    card = pipeline.card
+    there = (card.get("pictures") or {}).get("identity") or card.get("dataset", here)
     if there != here:
         raise UserError(f"{name} was trained on {there}, the data here is {here}: see --data_dir")
     if dataset.num_classes == 0 and plan.guidance != (1.0,):

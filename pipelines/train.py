@@ -3,7 +3,7 @@
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from pipelines import build
 from pipelines.flow import FlowPipeline, read_json, trained_card, write_json
 from utils import data, flops
 from utils.cli import UserError, flatten
+from utils.feed import feed
 from utils.figures import grid
 from utils.log import Logger
 from utils.sharding import make_mesh
@@ -24,7 +25,15 @@ from utils.train import EVALUATION, TrainState, check_batch, fit, stream
 
 # What may change between the parts of a run; everything else makes it another run.
 FREE = (
-    *("data_dir", "max_steps", "log_interval", "eval_interval", "save_interval"),
+    *(
+        "data_dir",
+        "autoencoder",
+        "cache",
+        "max_steps",
+        "log_interval",
+        "eval_interval",
+        "save_interval",
+    ),
     *("keep_checkpoints", "tensorboard", "model.remat", "model.unroll"),
     *("mesh.", "sample.", "wandb."),
 )
@@ -46,12 +55,21 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
         raise UserError(f"objective={config.objective!r} is set by the script: leave it out")
     config.objective = objective.func.__name__
     path = pathlib.Path(workdir or f"runs/{config.dataset_name}/{config.objective}")
-    network = build.network(config, dataset.shape, dataset.num_classes)
-    encode = build.autoencoder(config, dataset.shape).sample
+    codec = build.autoencoder(config, dataset.shape, dataset.autoencoder)
+    shape = build.latent_shape(codec, dataset.shape)
+    network = build.network(config, shape, dataset.num_classes)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batch(config, mesh)
+    batches = feed(
+        dataset.train,
+        mesh,
+        cache=config.cache,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        flip=config.flip,
+    )
     check_workdir(path, config, dataset.identity)
-    card = make_card(config, dataset, network, objective)
+    card = make_card(config, dataset, shape, network, objective)
     write_json(path / "config.json", config.to_dict())
     write_json(path / "card.json", card)
     return fit(
@@ -60,33 +78,20 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
         objective,
         mesh=mesh,
         init=network.init,
-        batches=functools.partial(batches, config, dataset),
-        encode=encode,
-        evaluate=Evaluate(config, card, dataset),
+        batches=batches,
+        encode=codec.sample,
+        evaluate=Evaluate(FlowPipeline.build(config, card, autoencoder=codec), dataset),
         workdir=path,
-    )
-
-
-def batches(config: ConfigDict, dataset: data.Dataset, start_step: int) -> Iterator[dict]:
-    """This host's share of the training batches, from step `start_step` on."""
-    return data.batches(
-        dataset.train,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=start_step,
-        flip=config.flip,
-        shard=(jax.process_index(), jax.process_count()),
     )
 
 
 class Evaluate:
     """Draws a grid per step count from the same noise, and measures self-consistency."""
 
-    def __init__(self, config: ConfigDict, card: dict[str, Any], dataset: data.Dataset):
+    def __init__(self, pipeline: FlowPipeline, dataset: data.Dataset):
         """Keeps the pipeline, so that it compiles once."""
-        self.config, self.card = config, card
-        self.pipeline = FlowPipeline.build(config, card)
-        self.decay = str(config.ema.decay)
+        self.pipeline, self.config = pipeline, pipeline.config
+        self.decay = str(self.config.ema.decay)
         source = dataset.heldout if len(dataset.heldout) else dataset.train
         held = data.arrays(source, range(min(256, len(source))))
         self.held = {k: jnp.asarray(v) for k, v in held.items()}
@@ -101,7 +106,7 @@ class Evaluate:
             logger.scalars(step, {"self_consistency": float(self.consistency(params))})
 
     def _pictures(self, params: Any, steps: int) -> np.ndarray:
-        count, classes = self.config.sample.num, self.card["num_classes"]
+        count, classes = self.config.sample.num, self.pipeline.num_classes
         labels = np.arange(count) % max(classes, 1)
         scale = self.config.sample.guidance
         return self.pipeline.with_params(params)(labels, steps=steps, guidance=scale)
@@ -111,8 +116,7 @@ class Evaluate:
         key = stream(self.config.seed, EVALUATION)
         noise_key, time_key, encode_key = jax.random.split(key, 3)
         n = self.held["label"].shape[0]
-        encoder = build.autoencoder(self.config, self.pipeline.shape)
-        x = encoder.sample(self.held["x"], jax.random.split(encode_key, n))
+        x = self.pipeline.autoencoder.sample(self.held["x"], jax.random.split(encode_key, n))
         r, s, t = jnp.sort(jax.random.uniform(time_key, (3, n)), axis=0)
         z = interpolate(x, jax.random.normal(noise_key, x.shape), t)
         velocity = functools.partial(self._velocity, params)
@@ -123,28 +127,40 @@ class Evaluate:
 
 
 def make_card(
-    config: ConfigDict, dataset: data.Dataset, network: build.Network, objective: Callable
+    config: ConfigDict,
+    dataset: data.Dataset,
+    shape: tuple[int, ...],
+    network: build.Network,
+    objective: Callable,
 ) -> dict[str, Any]:
-    """What is trained, for whoever meets the folder later; `trained_card` says how much."""
+    """What is trained, for whoever meets the folder later; `trained_card` says how much.
+
+    Args:
+      shape: of what the network sees.
+    """
     params = jax.eval_shape(network.init, jax.random.key(0))
     card = {
         "dataset": dataset.identity,
-        "shape": list(dataset.shape),
+        "autoencoder": dataset.autoencoder,
+        "pictures": dataset.origin,
+        "shape": list(shape),
         "num_classes": dataset.num_classes,
         "parameters": build.count_parameters(params),
-        "flops_per_step": step_flops(config, dataset, objective),
+        "flops_per_step": step_flops(config, shape, dataset.num_classes, objective),
     }
     return card | trained_card(config, card, 0)
 
 
-def step_flops(config: ConfigDict, dataset: data.Dataset, objective: Callable) -> int:
+def step_flops(
+    config: ConfigDict, shape: tuple[int, ...], num_classes: int, objective: Callable
+) -> int:
     """Model FLOPs of one training step: the gradient of the objective, without recomputation."""
     plain = config.copy_and_resolve_references()
     plain.model.remat = False
-    network = build.network(plain, dataset.shape, dataset.num_classes)
+    network = build.network(plain, shape, num_classes)
     n = config.batch_size
     batch = {
-        "x": jax.ShapeDtypeStruct((n, *dataset.shape), jnp.float32),
+        "x": jax.ShapeDtypeStruct((n, *shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((n,), jnp.int32),
         "position": jax.ShapeDtypeStruct((n,), jnp.int32),
     }

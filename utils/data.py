@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from utils import tfds
+from utils import shards, tfds
 from utils.cli import UserError
 from utils.pictures import open_pictures
 from utils.sources import ArraySource, Pictures, PictureSource, Source, fingerprint
@@ -33,8 +33,12 @@ class Dataset(NamedTuple):
     train: Source
     heldout: Source  # not trained on; may be empty
     num_classes: int  # 0: no labels, every label is 0
-    shape: tuple[int, ...]  # (H, W, C), uint8, or (2,), float32
+    shape: tuple[
+        int, ...
+    ]  # (H, W, C), uint8; (2,), float32; or what the autoencoder's moments have
     fingerprint: str  # names exactly this data and split, the same on every machine
+    autoencoder: str = ""  # fingerprint of what made these moments; empty: no moments
+    origin: dict | None = None  # of moments: what `load_pictures` needs to find their pictures
 
     @property
     def identity(self) -> str:
@@ -56,12 +60,30 @@ def load(config: ConfigDict) -> Dataset:
     if not 0 <= config.holdout < 1:
         raise UserError(f"holdout is a share in [0, 1), not {config.holdout}: give --holdout=0.1")
     if config.use_stable_vae:
-        folder = "" if config.data_dir else " --data_dir=FOLDER"
-        raise UserError(
-            "latents come with prepare_data, which is not there yet: "
-            f"train on pixels with --use_stable_vae=0{folder}"
-        )
+        return _latents(config)
     return LOADERS[name](config)
+
+
+def load_pictures(config: ConfigDict, origin: dict | None, data_dir: str = "") -> Dataset:
+    """Returns the pictures that samples of a run are compared with, split as the run's data was.
+
+    Args:
+      config: the run's.
+      origin: of a run on latents, `Dataset.origin`; None: it was trained on pictures or points.
+      data_dir: where they lie now; empty: where they were.
+
+    Raises:
+      UserError: as `load`.
+    """
+    if origin:
+        source = {**origin["source"], **({"source": data_dir} if data_dir else {})}
+        pictures = open_pictures(**source, dataset_name=origin["dataset_name"])
+        size, count = origin["image_size"], origin["count"]
+        return _of_pictures(config.dataset_name, pictures, size, count, config.holdout)
+    if data_dir:
+        config = config.copy_and_resolve_references()
+        config.data_dir = data_dir
+    return load(config)
 
 
 # Batches.
@@ -259,23 +281,33 @@ def _at_256(config: ConfigDict) -> Dataset:
 
 
 def _pictures(config: ConfigDict, size: int) -> Dataset:
-    """What `open_pictures` finds, held out by a hash of names: new pictures move no old one."""
-    pictures = open_pictures(config.data_dir, dataset_name=config.dataset_name)
-    size = size or _side(pictures)
-    held = pictures.keys / 2.0**64 < config.holdout
+    """What `open_pictures` finds; a folder that prepare_data.py wrote has its size already."""
+    if shards.is_prepared(config.data_dir):
+        pictures = shards.open_shards(config.data_dir)
+        size = _prepared_size(config, shards.read_card(config.data_dir))
+    else:
+        pictures = open_pictures(config.data_dir, dataset_name=config.dataset_name)
+        size = size or _side(pictures)
+    return _of_pictures(config.dataset_name, pictures, size, len(pictures.keys), config.holdout)
+
+
+def _of_pictures(name: str, pictures: Pictures, size: int, count: int, holdout: float) -> Dataset:
+    """The first `count` pictures, held out by a hash of names: new pictures move no old one."""
+    held = _held(pictures.keys[:count], holdout)
 
     def part(mask: np.ndarray) -> PictureSource:
         return PictureSource(pictures, np.flatnonzero(mask), size)
 
-    content = fingerprint(str(size), pictures.fingerprint, held)
-    return Dataset(
-        config.dataset_name,
-        part(~held),
-        part(held),
-        pictures.num_classes,
-        (size, size, 3),
-        content,
-    )
+    shape, content = (size, size, 3), _fingerprint(pictures.fingerprint, size, count, holdout)
+    return Dataset(name, part(~held), part(held), pictures.num_classes, shape, content)
+
+
+def _fingerprint(pictures: str, size: int, count: int, holdout: float) -> str:
+    return fingerprint(pictures, f"{size} {count} {float(holdout)}")
+
+
+def _held(keys: np.ndarray, holdout: float) -> np.ndarray:
+    return keys / 2.0**64 < holdout
 
 
 def _side(pictures: Pictures) -> int:
@@ -285,6 +317,54 @@ def _side(pictures: Pictures) -> int:
             f"{pictures.name(0)} is {width} × {height} pixels: give --image_size=SIDE to crop to"
         )
     return width
+
+
+# What prepare_data.py wrote.
+
+
+def _latents(config: ConfigDict) -> Dataset:
+    """An autoencoder's moments, split as their pictures are.
+
+    Raises:
+      UserError: data_dir holds none, or others.
+    """
+    if not config.data_dir or not shards.is_prepared(config.data_dir):
+        raise UserError(
+            f"{config.data_dir or config.dataset_name} holds no latents: write them with "
+            "prepare_data.py --source=... --autoencoder=... --out=FOLDER and give "
+            "--data_dir=FOLDER, or train on pixels with --use_stable_vae=0"
+        )
+    source = shards.MomentsSource(config.data_dir)
+    card = source.card
+    size = _prepared_size(config, card)
+    held = _held(source.keys, config.holdout)
+    pictures = _fingerprint(card.source_fingerprint, size, card.source_count, config.holdout)
+    origin = {
+        "identity": f"{config.dataset_name} {pictures}",
+        "source": card.source,
+        "dataset_name": card.dataset_name,
+        "image_size": size,
+        "count": card.source_count,
+    }
+    return Dataset(
+        config.dataset_name,
+        source.subset(np.flatnonzero(~held)),
+        source.subset(np.flatnonzero(held)),
+        card.num_classes,
+        card.shape,
+        fingerprint(card.content, str(float(config.holdout))),
+        autoencoder=card.autoencoder["fingerprint"] if card.autoencoder else "",
+        origin=origin,
+    )
+
+
+def _prepared_size(config: ConfigDict, card: shards.Card) -> int:
+    if config.image_size not in (0, card.image_size):
+        raise UserError(
+            f"{config.data_dir} was prepared at {card.image_size} pixels, not {config.image_size}: "
+            f"give --image_size={card.image_size}, or prepare it again"
+        )
+    return card.image_size
 
 
 LOADERS: dict[str, Callable[[ConfigDict], Dataset]] = {

@@ -5,7 +5,9 @@ function of (seed, step, position in the global batch), so a run does not depend
 accumulation or interruptions.
 """
 
+import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +23,7 @@ from ml_collections import ConfigDict
 from utils.checkpoint import Checkpoints
 from utils.cli import UserError
 from utils.log import Logger, progress
-from utils.sharding import abstract_state, batch_sharding, born_sharded, to_global
+from utils.sharding import abstract_state, batch_sharding, born_sharded
 
 INITIALISATION, TRAINING, SAMPLING, EVALUATION = range(4)  # streams of one seed
 
@@ -147,7 +149,7 @@ def fit(
     *,
     mesh: Mesh,
     init: Callable[[Array], Any],
-    batches: Callable[[int], Iterator[dict]],
+    batches: Callable[[int], Iterator[dict[str, Array]]],
     encode: Callable,
     evaluate: Evaluation,
     workdir: str | os.PathLike,
@@ -158,7 +160,7 @@ def fit(
       network: (params, z, r, t, label, dropout_keys) → u.
       mesh: the devices, `make_mesh`.
       init: key → parameters.
-      batches: start step → endless host-local batches {x, label, position}.
+      batches: start step → endless batches {x, label, position} over the mesh, `utils.feed.feed`.
       encode: (moments, keys) → x.
       evaluate: (state, logger), called every `config.eval_interval` steps and at the end.
     Raises:
@@ -168,10 +170,12 @@ def fit(
     with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
         state = start(config, init, mesh, checkpoints)
         first = int(state.step) + 1
-        data = (to_global(mesh, batch) for batch in batches(first - 1))
+        data = batches(first - 1)
         with Logger(workdir, config, first - 1) as logger, Meter(config, first - 1) as meter:
             for number in range(first, config.max_steps + 1):
-                state, metrics = step(state, next(data))
+                with meter.waiting():
+                    batch = next(data)
+                state, metrics = step(state, batch)
                 meter.add(number, metrics)
                 last = number == config.max_steps
                 if last or number % config.log_interval == 0:
@@ -224,6 +228,7 @@ class Meter:
         self._bar = progress(done, config.max_steps, "step", config.objective or "train")
         self._rows: list[dict[str, float]] = []
         self._pending: tuple[int, dict] | None = None
+        self._waited, self._since = 0.0, time.monotonic()
 
     def __enter__(self) -> "Meter":
         return self
@@ -236,6 +241,13 @@ class Meter:
         self.settle()
         self._pending = (number, metrics)
         self._bar.update()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
 
     def settle(self) -> None:
         """Waits for the last step added.
@@ -251,13 +263,20 @@ class Meter:
             self._rows.append(values)
 
     def flush(self) -> dict[str, float]:
-        """Returns the mean of each metric since the last flush, and the steps per second."""
+        """Returns the mean of each metric since the last flush, with two about time.
+
+        steps_per_second, and data_wait: the share of all time that went by waiting for data.
+        """
         self.settle()
+        now = time.monotonic()
+        waited, self._waited = self._waited / (now - self._since), 0.0
+        self._since = now
         rows, self._rows = self._rows, []
         means = {name: _finite_mean([row[name] for row in rows]) for name in rows[-1]}
         means = {name: mean for name, mean in means.items() if np.isfinite(mean)}
         self._bar.set_postfix_str(f"error {means['error']:.4f}")
         rate = self._bar.format_dict["rate"]
+        means["data_wait"] = waited
         return means | ({"steps_per_second": rate} if rate else {})
 
 
