@@ -16,7 +16,7 @@ $(py) eval_fid.py --workdir=$(2)/flow_matching --workdir=$(2)/mean_flow \
     --steps=$(steps) --out=$(2) $(3)
 endef
 
-.PHONY: help demo toys mnist test lint setup pins clean
+.PHONY: help demo toys mnist test oracles lint setup pins clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,12 @@ mnist: $(venv) ## the same on MNIST, for CPU cores; DATA_DIR=mnist.npz, MNIST=co
 
 test: $(venv) ## all tests
 	$(py) -m pytest
+
+# On Linux torch comes with 3 GB of CUDA unless pip is told where its CPU builds are.
+oracles: $(venv) ## parity with torch implementations; installs torch and diffusers into .venv
+	@$(py) -c "import torch, diffusers" 2>/dev/null || $(py) -m pip install \
+	    --disable-pip-version-check -c requirements.txt -e ".[oracles]"
+	$(py) -m pytest -n 0 tests/oracles
 
 lint: $(venv) ## ruff and mypy
 	$(py) -m ruff check .
