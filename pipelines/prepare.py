@@ -13,10 +13,10 @@ import functools
 import hashlib
 import importlib.metadata
 import io
-import itertools
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -91,10 +91,9 @@ def prepare(plan: Plan) -> str:
     mine = sum(card.expected(k) for k in range(share, card.shards, of))
     done = mine - sum(map(card.expected, todo))
     with progress(done, mine, "picture", "prepare") as bar:
-        stream = _ticked(_records(work, todo), bar)
-        for shard, parts in itertools.groupby(stream, key=lambda part: part.shard):
-            records = (record for part in parts for record in part.records)
-            shards.write_shard(shards.shard_path(out, card, shard), records)
+        parts = _ticked(_records(work, todo), bar)
+        for shard in todo:
+            shards.write_shard(shards.shard_path(out, card, shard), _of_one_shard(parts))
     missing = shards.missing_shards(out, card)
     if missing:
         there = f"{card.shards - len(missing)} of {card.shards} shards are there"
@@ -124,7 +123,7 @@ def open_work(plan: Plan) -> Work:
     if not plan.source or not plan.out:
         raise UserError("give --source=FOLDER_OR_ZIP_OR_TFDS_NAME and --out=FOLDER")
     if plan.image_size < 1 or plan.num < 0 or plan.shard_size < 0 or plan.batch_size < 0:
-        raise UserError("image_size, num, shard_size and batch_size are no less than 0: see --help")
+        raise UserError("give --image_size=1 or more; num, shard_size and batch_size are 0 or more")
     name = plan.dataset_name or dataset_name_of(plan.source)
     pictures = open_pictures(
         plan.source, dataset_name=name, data_dir=plan.data_dir, split=plan.split
@@ -233,10 +232,12 @@ def _begin(out: pathlib.Path, work: Work) -> Card:
 def _check_same(out: pathlib.Path, begun: Card, asked: Card) -> None:
     """Refuses to go on with other options; what stands for a place or a name may differ."""
     if begun.kind == asked.kind == "moments":
-        for part in ("fingerprint", "compute_dtype"):
-            was, now = ((card.autoencoder or {})[part] for card in (begun, asked))
-            if was != now:
-                _refuse(out, f"autoencoder {part}", was, now)
+        a, b = begun.autoencoder or {}, asked.autoencoder or {}
+        if a["fingerprint"] != b["fingerprint"]:
+            was, now = (f"{x['name']} ({x['fingerprint']})" for x in (a, b))
+            _refuse(out, "autoencoder", was, now)
+        if a["compute_dtype"] != b["compute_dtype"]:
+            _refuse(out, "compute dtype", a["compute_dtype"], b["compute_dtype"])
     free = {"source", "autoencoder", "versions", "complete", "count", "skipped", "content"}
     for field in dataclasses.fields(Card):
         if field.name not in free | {"mean", "std"}:
@@ -253,11 +254,11 @@ def _refuse(out: pathlib.Path, what: str, was: Any, now: Any) -> None:
 
 
 class Part(NamedTuple):
-    """Some consecutive records of a shard."""
+    """Some consecutive records."""
 
-    shard: int
-    pictures: int  # that they stand for, corrupt ones among them
     records: Sequence[bytes]
+    pictures: int  # that they stand for, corrupt ones among them
+    last: bool  # of its shard
 
 
 class _Item(NamedTuple):
@@ -271,9 +272,17 @@ class _Item(NamedTuple):
 class _Batch(NamedTuple):
     """The pictures that go through the encoder together, less the corrupt ones."""
 
-    shard: int
-    pictures: int
     items: list[_Item]
+    pictures: int
+    last: bool
+
+
+def _of_one_shard(parts: Iterator[Part]) -> Iterator[bytes]:
+    """The records up to a shard's end, without a look at what follows: that may fail."""
+    for part in parts:
+        yield from part.records
+        if part.last:
+            return
 
 
 def _ticked(parts: Iterable[Part], bar) -> Iterator[Part]:
@@ -286,7 +295,7 @@ def _records(work: Work, todo: Sequence[int]) -> Iterator[Part]:
     """The records of the shards `todo`, in order."""
     size = batch_size(work.plan.batch_size, work.card.shard_size)
     jobs = [
-        (shard, range(start, min(start + size, end)))
+        (range(start, min(start + size, end)), start + size >= end)
         for shard in todo
         for first, end in [_items_of(work.card, shard)]
         for start in range(first, end, size)
@@ -297,7 +306,7 @@ def _records(work: Work, todo: Sequence[int]) -> Iterator[Part]:
         return _encoded(batches, work.pictures, work.card, work.pretrained.autoencoder, size)
     load = functools.partial(_cropped, work.pictures, work.card.image_size)
     batches = _loaded(jobs, load, work.plan.skip_corrupt)
-    return (Part(b.shard, b.pictures, _as_pictures(work.pictures, b)) for b in batches)
+    return (Part(_as_pictures(work.pictures, b), b.pictures, b.last) for b in batches)
 
 
 def _items_of(card: Card, shard: int) -> tuple[int, int]:
@@ -324,11 +333,11 @@ def batch_size(wanted: int, shard_size: int) -> int:
 
 def _loaded(jobs: Sequence, load: Callable[[int], _Item], skip: bool) -> Iterator[_Batch]:
     """Reads pictures on threads, some batches ahead: Pillow decodes without Python's lock."""
-    waiting: collections.deque[tuple[int, list[Future]]] = collections.deque()
+    waiting: collections.deque[tuple[list[Future], bool]] = collections.deque()
     pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1), thread_name_prefix="prepare")
     try:
-        for shard, rows in jobs:
-            waiting.append((shard, [pool.submit(load, index) for index in rows]))
+        for rows, last in jobs:
+            waiting.append(([pool.submit(load, number) for number in rows], last))
             if len(waiting) > _AHEAD:
                 yield _collected(waiting.popleft(), skip)
         while waiting:
@@ -337,33 +346,33 @@ def _loaded(jobs: Sequence, load: Callable[[int], _Item], skip: bool) -> Iterato
         pool.shutdown(cancel_futures=True)
 
 
-def _collected(job: tuple[int, list[Future]], skip: bool) -> _Batch:
-    (shard, futures), items = job, []
+def _collected(job: tuple[list[Future], bool], skip: bool) -> _Batch:
+    (futures, last), items = job, []
     for future in futures:
         try:
             items.append(future.result())
         except CorruptPicture as error:
             if not skip:
                 raise UserError(f"{error}: mend it, or leave it out with --skip_corrupt") from error
-            tqdm.write(f"left out: {error}")
-    return _Batch(shard, len(futures), items)
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+    return _Batch(items, len(futures), last)
 
 
-def _decoded(pictures: Pictures, size: int, index: int) -> _Item:
-    picture, label = pictures.picture(index)
-    return _Item(index, label, np.asarray(centre_crop(picture, size)))
+def _decoded(pictures: Pictures, size: int, number: int) -> _Item:
+    picture, label = pictures.picture(number)
+    return _Item(number, label, np.asarray(centre_crop(picture, size)))
 
 
-def _cropped(pictures: Pictures, size: int, index: int) -> _Item:
+def _cropped(pictures: Pictures, size: int, number: int) -> _Item:
     """The source's own bytes where the crop changes nothing, else PNG, which loses nothing."""
-    picture, label = pictures.picture(index)
+    picture, label = pictures.picture(number)
     if picture.size == (size, size):
-        encoded = pictures.read(index)[0]
+        encoded = pictures.read(number)[0]
         if Image.open(io.BytesIO(encoded)).mode in ("RGB", "L"):
-            return _Item(index, label, encoded)
+            return _Item(number, label, encoded)
     file = io.BytesIO()
     centre_crop(picture, size).save(file, format="png")
-    return _Item(index, label, file.getvalue())
+    return _Item(number, label, file.getvalue())
 
 
 def _as_pictures(pictures: Pictures, batch: _Batch) -> list[bytes]:
@@ -397,7 +406,7 @@ def encode(autoencoder: Autoencoder, pictures: jax.Array, dtype: str, flip: bool
 def _encoded(
     batches: Iterable[_Batch], pictures: Pictures, card: Card, autoencoder: Autoencoder, size: int
 ) -> Iterator[Part]:
-    """Encodes on all local devices; one batch is computed while the one before it is stored."""
+    """Encodes on all local devices; a batch is computed while the one before it is stored."""
     mesh = make_mesh(devices=jax.local_devices())
     autoencoder = jax.device_put(autoencoder, replicated(mesh))
     place = batch_sharding(mesh)
@@ -417,16 +426,32 @@ def _encoded(
             _refuse_moments(pictures, batch.items[bad].number, card.dtype, bool(finite[bad]))
         key = pictures.keys[[item.number for item in batch.items]] if count else np.zeros(0)
         label = np.array([item.label for item in batch.items])
-        return Part(batch.shard, batch.pictures, shards.pack(card.record, key, label, moments))
+        return Part(shards.pack(card.record, key, label, moments), batch.pictures, batch.last)
 
-    before: tuple[_Batch, Encoded] | None = None
-    for batch in batches:
-        started = batch, begin(batch)
-        if before:
-            yield end(*before)
-        before = started
-    if before:
-        yield end(*before)
+    return _one_behind(batches, begin, end)
+
+
+def _one_behind(
+    batches: Iterable[_Batch],
+    begin: Callable[[_Batch], Encoded],
+    end: Callable[[_Batch, Encoded], Part],
+) -> Iterator[Part]:
+    """Ends a batch when the next has begun, or when there is none: the devices are never idle."""
+    waiting: tuple[_Batch, Encoded] | None = None
+    iterator = iter(batches)
+    while True:
+        try:
+            batch = next(iterator, None)
+        except UserError:  # what came before is whole, and may finish a shard
+            if waiting:
+                yield end(*waiting)
+            raise
+        begun = (batch, begin(batch)) if batch else None
+        if waiting:
+            yield end(*waiting)
+        if not begun:
+            return
+        waiting = begun
 
 
 def _refuse_moments(pictures: Pictures, index: int, dtype: str, finite: bool) -> None:
