@@ -437,5 +437,5 @@ def open_shards(folder: str | os.PathLike) -> Pictures:
         name=functools.partial("item {}".format),
         read=read,
         num_classes=card.num_classes,
-        fingerprint=card.content,
+        fingerprint=card.source_fingerprint,  # at this size they are the source's pictures
     )
