@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import msgpack
 import numpy as np
 import safetensors
 from flax import serialization
@@ -49,7 +48,6 @@ DAMAGE = (
     safetensors.SafetensorError,
     zipfile.BadZipFile,
     zlib.error,
-    msgpack.exceptions.UnpackException,
     ValueError,
     KeyError,
     EOFError,
