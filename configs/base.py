@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
             "holdout": 0.1,  # share kept from training, where the data set has no split of its own
             "use_stable_vae": 0,  # 1: latents that prepare_data.py wrote to data_dir; 0: pixels
             "autoencoder": "",  # folder or hub name of what made them; "": the copy beside them
+            "autoencoder_dtype": "float32",  # or bfloat16: decodes faster
+            "autoencoder_slice": 32,  # pictures that a device decodes at once; 0: all
             "cache": "disk",  # where the data is kept: disk, host or device memory
             # Training.
             "seed": 0,

@@ -30,6 +30,7 @@ RANGES: dict[str, tuple[float, float]] = {  # the least and the most a key may b
     **dict.fromkeys(("log_interval", "eval_interval", "save_interval"), (1, MANY)),
     "image_size": (0, 65536),
     **dict.fromkeys((f"model.{key}" for key in SIZE_KEYS), (1, MANY)),
+    "autoencoder_slice": (0, MANY),
     "model.mlp_ratio": (0.01, 100),
     "model.dropout": (0, 0.99),
     "model.class_dropout_prob": (0, 1),
@@ -175,7 +176,8 @@ def autoencoder(
     if not config.use_stable_vae:
         return autoencoders.pixels()
     name = autoencoder_place(config)
-    loaded = _loaded(name)
+    slice_size = config.autoencoder_slice * jax.device_count()
+    loaded = _loaded(name, config.autoencoder_dtype, slice_size)
     if fingerprint not in ("", loaded.fingerprint):
         raise UserError(
             f"the latents were made by another autoencoder (fingerprint {fingerprint}) than {name} "
@@ -185,8 +187,8 @@ def autoencoder(
 
 
 @functools.lru_cache(maxsize=1)  # runs that are compared share it
-def _loaded(name: str) -> Pretrained:
-    return load_autoencoder(name)
+def _loaded(name: str, dtype: str, slice_size: int) -> Pretrained:
+    return load_autoencoder(name, dtype, slice_size)
 
 
 def autoencoder_place(config: ConfigDict) -> str:

@@ -281,18 +281,15 @@ def _at_256(config: ConfigDict) -> Dataset:
 
 
 def _pictures(config: ConfigDict, size: int) -> Dataset:
-    """What `open_pictures` finds; a folder that prepare_data.py wrote has its size already."""
-    if shards.is_prepared(config.data_dir):
-        pictures = shards.open_shards(config.data_dir)
-        size = _prepared_size(config, shards.read_card(config.data_dir))
-    else:
-        pictures = open_pictures(config.data_dir, dataset_name=config.dataset_name)
-        size = size or _side(pictures)
+    """What `open_pictures` finds in data_dir."""
+    pictures = open_pictures(config.data_dir, dataset_name=config.dataset_name)
+    size = size or pictures.size or _side(pictures)
     return _of_pictures(config.dataset_name, pictures, size, len(pictures.keys), config.holdout)
 
 
 def _of_pictures(name: str, pictures: Pictures, size: int, count: int, holdout: float) -> Dataset:
     """The first `count` pictures, held out by a hash of names: new pictures move no old one."""
+    pictures.check_size(size)
     held = _held(pictures.keys[:count], holdout)
 
     def part(mask: np.ndarray) -> PictureSource:
@@ -336,7 +333,12 @@ def _latents(config: ConfigDict) -> Dataset:
         )
     source = shards.MomentsSource(config.data_dir)
     card = source.card
-    size = _prepared_size(config, card)
+    size = card.image_size
+    if config.image_size not in (0, size):
+        raise UserError(
+            f"{config.data_dir} was prepared at {size} pixels, not {config.image_size}: "
+            f"give --image_size={size}, or prepare it again"
+        )
     held = _held(source.keys, config.holdout)
     pictures = _fingerprint(card.source_fingerprint, size, card.source_count, config.holdout)
     origin = {
@@ -356,15 +358,6 @@ def _latents(config: ConfigDict) -> Dataset:
         autoencoder=card.autoencoder["fingerprint"] if card.autoencoder else "",
         origin=origin,
     )
-
-
-def _prepared_size(config: ConfigDict, card: shards.Card) -> int:
-    if config.image_size not in (0, card.image_size):
-        raise UserError(
-            f"{config.data_dir} was prepared at {card.image_size} pixels, not {config.image_size}: "
-            f"give --image_size={card.image_size}, or prepare it again"
-        )
-    return card.image_size
 
 
 LOADERS: dict[str, Callable[[ConfigDict], Dataset]] = {

@@ -1,4 +1,4 @@
-"""Opens collections of encoded pictures: a folder, a .zip, or what TensorFlow Datasets prepared.
+"""Opens collections of encoded pictures: a folder, a .zip, or what TFDS or prepare_data.py made.
 
 `open_pictures` tells the kinds apart. What the folders around picture files mean as labels, the
 name of the data set decides.
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import tfds
+from utils import shards, tfds
 from utils.cli import UserError
 from utils.sources import CorruptPicture, Pictures, fingerprint, key
 
@@ -33,7 +33,8 @@ def open_pictures(
       source: a folder or a .zip of picture files; a folder that TFDS prepared (one version, the
         folder of a data set's versions, or of all data sets); or a TFDS name, as 'imagenet2012' or
         'celeb_a_hq/256', looked for under `data_dir`, by default $TFDS_DATA_DIR or
-        ~/tensorflow_datasets. Empty: the TFDS names of `dataset_name`.
+        ~/tensorflow_datasets; or pictures that prepare_data.py wrote. Empty: the TFDS names of
+        `dataset_name`.
       dataset_name: 'folder', 'imagenet256' or 'celebahq256': what the labels are.
       split: of a TFDS data set. Picture files have none but 'train'.
 
@@ -42,6 +43,8 @@ def open_pictures(
     """
     names = TFDS_NAMES.get(dataset_name, ())
     path = pathlib.Path(source).expanduser() if source else None
+    if path and shards.is_prepared(path):
+        return shards.open_shards(path)
     if path and path.exists():
         version = _version_in(path, names)
     else:

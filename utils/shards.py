@@ -438,4 +438,5 @@ def open_shards(folder: str | os.PathLike) -> Pictures:
         read=read,
         num_classes=card.num_classes,
         fingerprint=card.source_fingerprint,  # at this size they are the source's pictures
+        size=card.image_size,
     )

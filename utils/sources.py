@@ -74,6 +74,15 @@ class Pictures(NamedTuple):
     read: Callable[[int], tuple[bytes, int]]  # a file's content and label, from any thread
     num_classes: int  # 0: no labels, every label is 0
     fingerprint: str  # names exactly these pictures, before any split or crop
+    size: int = 0  # pixels of a side that they are cropped to already; 0: they come as they are
+
+    def check_size(self, size: int) -> None:
+        """Raises UserError where they are cropped to another size already."""
+        if self.size not in (0, size):
+            raise UserError(
+                f"{self.where} was prepared at {self.size} pixels, not {size}: "
+                f"give --image_size={self.size}, or prepare it again"
+            )
 
     def picture(self, index: int) -> tuple[Image.Image, int]:
         """Picture `index` in RGB, of any size, and its label.
