@@ -47,7 +47,7 @@ _PER_ACCELERATOR = 32
 class Plan(NamedTuple):
     """What is to be made, as the flags of prepare_data.py say it."""
 
-    source: str  # folder, .zip, TFDS folder or name
+    source: str  # folder, .zip, TFDS folder or name, or pictures that were prepared
     out: str
     autoencoder: str  # folder, name on the hub, or none
     dataset_name: str = ""  # what folders mean as labels; empty: by the source
@@ -88,6 +88,8 @@ def prepare(plan: Plan) -> str:
     card = _begin(out, work)
     shards.remove_leftovers(out)
     todo = [k for k in shards.missing_shards(out, card) if k % of == share]
+    if todo and card.complete:  # somebody took a shard away
+        shards.write_card(out, work.card)
     mine = sum(card.expected(k) for k in range(share, card.shards, of))
     done = mine - sum(map(card.expected, todo))
     with progress(done, mine, "picture", "prepare") as bar:
@@ -125,9 +127,11 @@ def open_work(plan: Plan) -> Work:
     if plan.image_size < 1 or plan.num < 0 or plan.shard_size < 0 or plan.batch_size < 0:
         raise UserError("give --image_size=1 or more; num, shard_size and batch_size are 0 or more")
     name = plan.dataset_name or dataset_name_of(plan.source)
-    pictures = open_pictures(
-        plan.source, dataset_name=name, data_dir=plan.data_dir, split=plan.split
-    )
+    if shards.is_prepared(plan.source):
+        pictures = shards.open_shards(plan.source)
+    else:
+        place = {"data_dir": plan.data_dir, "split": plan.split}
+        pictures = open_pictures(plan.source, dataset_name=name, **place)
     if len(np.unique(pictures.keys)) < len(pictures.keys):
         raise UserError(f"{pictures.where} has two pictures of one name: rename one")
     pretrained = None
@@ -140,7 +144,7 @@ def open_work(plan: Plan) -> Work:
 
 def dataset_name_of(source: str) -> str:
     """Which labels a source has when nobody says: TFDS names and prepared folders tell."""
-    if (pathlib.Path(source).expanduser() / "card.json").is_file():
+    if shards.is_prepared(source):
         return shards.read_card(source, complete=False).dataset_name
     words = set(re.split(r"[/\\:]", source))
     if "imagenet2012" in words:

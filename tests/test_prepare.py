@@ -159,6 +159,16 @@ def test_pictures_are_kept_as_they_are_where_the_crop_changes_nothing(tmp_path):
     np.testing.assert_array_equal(kept.keys, open_pictures(plan.source).keys)
 
 
+def test_prepared_pictures_give_the_moments_of_their_source(plan):
+    prepare.prepare(plan)
+    kept = to(plan, "pictures", autoencoder="none", dataset_name="imagenet256")
+    prepare.prepare(kept)
+    again = to(plan, "again", source=kept.out)
+    prepare.prepare(again)
+    assert records(again.out) == records(plan.out)
+    assert shards.read_card(again.out).dataset_name == "imagenet256"
+
+
 # Interruptions and several processes, as real processes.
 
 
@@ -269,9 +279,13 @@ def test_a_damaged_shard_is_found_at_the_end_and_made_anew(plan):
     assert f"{path} is not of {plan.source}" in complaint(prepare.prepare, plan)
     path.unlink()
     prepare.prepare(plan)
-    path.unlink()  # and from a complete folder too
-    content = shards.read_card(plan.out).content
-    assert content in prepare.prepare(plan)
+    before = shards.read_card(plan.out)
+    path.unlink()  # from a complete folder, which it is no longer
+    other.unlink()
+    assert "12 of 13 shards" in prepare.prepare(plan._replace(share="0/5"))
+    assert "is unfinished" in complaint(shards.open_shards, plan.out)
+    prepare.prepare(plan)
+    assert shards.read_card(plan.out) == before
     prepare.prepare(to(plan, "whole"))
     assert records(plan.out) == records(to(plan, "whole").out)
 
