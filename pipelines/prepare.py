@@ -127,11 +127,9 @@ def open_work(plan: Plan) -> Work:
     if plan.image_size < 1 or plan.num < 0 or plan.shard_size < 0 or plan.batch_size < 0:
         raise UserError("give --image_size=1 or more; num, shard_size and batch_size are 0 or more")
     name = plan.dataset_name or dataset_name_of(plan.source)
-    if shards.is_prepared(plan.source):
-        pictures = shards.open_shards(plan.source)
-    else:
-        place = {"data_dir": plan.data_dir, "split": plan.split}
-        pictures = open_pictures(plan.source, dataset_name=name, **place)
+    place = {"data_dir": plan.data_dir, "split": plan.split}
+    pictures = open_pictures(plan.source, dataset_name=name, **place)
+    pictures.check_size(plan.image_size)
     if len(np.unique(pictures.keys)) < len(pictures.keys):
         raise UserError(f"{pictures.where} has two pictures of one name: rename one")
     pretrained = None

@@ -167,6 +167,8 @@ def test_prepared_pictures_give_the_moments_of_their_source(plan):
     prepare.prepare(again)
     assert records(again.out) == records(plan.out)
     assert shards.read_card(again.out).dataset_name == "imagenet256"
+    other = to(plan, "other", source=kept.out, image_size=32)
+    assert "was prepared at 16 pixels, not 32" in complaint(prepare.prepare, other)
 
 
 # Interruptions and several processes, as real processes.
