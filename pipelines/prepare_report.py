@@ -235,7 +235,7 @@ def _facts(out: pathlib.Path, work: Work, finished: Sequence[int]) -> list[tuple
             "source",
             f"{card.source['source']} ({card.source_fingerprint}), {card.source_count} pictures",
         ),
-        ("labels", f"{card.num_classes} classes ({card.dataset_name})"),
+        ("labels", f"{card.num_classes or 'no'} classes ({card.dataset_name})"),
         ("pictures", f"{card.image_size} × {card.image_size}, {card.crop}"),
         ("records", f"{card.kind}, {card.dtype} {' × '.join(map(str, card.shape))}"),
         ("mirrored too", "yes" if card.flipped else "no"),
