@@ -2,6 +2,7 @@
 
 import functools
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -273,3 +274,21 @@ def test_the_host_runs_at_most_one_step_ahead():
             names = {n: Metric(number) for n in ("loss", "grad_norm", "error")}
             meter.add(number, names)
             assert set(reads) == set(range(1, number))
+
+
+class Pending(float):
+    """A metric of a step that is done, or not."""
+
+    def __new__(cls, done: bool):
+        metric = super().__new__(cls, 1.0)
+        metric.is_ready = lambda: done
+        return metric
+
+
+@pytest.mark.parametrize(("done", "low", "high"), [(True, 0.5, 1.0), (False, 0.0, 0.0)])
+def test_waiting_for_data_counts_where_the_devices_have_nothing_to_do(done, low, high):
+    with Meter(small_config(), 0) as meter:
+        meter.add(1, {name: Pending(done) for name in ("loss", "grad_norm", "error")})
+        with meter.waiting():
+            time.sleep(0.1)
+        assert low <= meter.flush()["data_wait"] <= high

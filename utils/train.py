@@ -244,10 +244,15 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for data."""
+        """Counts the time inside as waiting for data, where the devices had nothing else to do.
+
+        That is so where the last step added is done by the end of it; it is counted whole, though
+        the step may have ended in between.
+        """
         start = time.monotonic()
         yield
-        self._waited += time.monotonic() - start
+        if not self._pending or all(metric.is_ready() for metric in self._pending[1].values()):
+            self._waited += time.monotonic() - start
 
     def settle(self) -> None:
         """Waits for the last step added.
@@ -265,7 +270,8 @@ class Meter:
     def flush(self) -> dict[str, float]:
         """Returns the mean of each metric since the last flush, with two about time.
 
-        steps_per_second, and data_wait: the share of all time that went by waiting for data.
+        steps_per_second, and data_wait: the share of all time, at most, that the devices waited for
+        data.
         """
         self.settle()
         now = time.monotonic()
