@@ -164,7 +164,11 @@ def _card(plan: Plan, name: str, pictures: Pictures, pretrained: Pretrained | No
     return Card(
         kind="moments" if pretrained else "pictures",
         dataset_name=name,
-        source={"source": plan.source, "data_dir": plan.data_dir, "split": plan.split},
+        source={
+            "source": _absolute(plan.source),
+            "data_dir": _absolute(plan.data_dir),
+            "split": plan.split,
+        },
         source_fingerprint=pictures.fingerprint,
         source_count=count,
         num_classes=pictures.num_classes,
@@ -178,6 +182,12 @@ def _card(plan: Plan, name: str, pictures: Pictures, pretrained: Pretrained | No
         shards=-(-count // shard_size),
         versions={package: importlib.metadata.version(package) for package in PACKAGES},
     )
+
+
+def _absolute(place: str) -> str:
+    """A path as it is called from any folder; the name of a TFDS data set stays as it is."""
+    path = pathlib.Path(place).expanduser()
+    return str(path.absolute()) if place and path.exists() else place
 
 
 def latent_shapes(autoencoder: Autoencoder, size: int) -> tuple[tuple, tuple]:

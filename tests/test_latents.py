@@ -218,3 +218,16 @@ def test_other_data_in_the_same_folder_is_another_run(place, tmp_path):
     with pytest.raises(UserError, match="holds a run on folder"):
         train(small_config(tmp_path / "data", max_steps=12), str(run), build.flow_objective)
     assert shards.read_card(tmp_path / "data").count == COUNT + 1
+
+
+def test_the_pictures_are_found_from_any_folder(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    prepare.prepare(plan_of("pictures", tmp_path / "data", "kl"))
+    monkeypatch.chdir(tmp_path)
+    latents = data.load(small_config("data", flip=False))
+    pictures = data.load_pictures(small_config("data"), latents.origin)
+    assert len(pictures.train) == len(latents.train)
+    assert pictures.train[0]["x"].shape == (SIDE, SIDE, 3)
+    shutil.copytree(place / "pictures", tmp_path / "moved")
+    moved = data.load_pictures(small_config("data"), latents.origin, "moved")
+    assert moved.identity == pictures.identity == latents.origin["identity"]

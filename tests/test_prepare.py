@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import os
 import pathlib
 import shutil
@@ -12,16 +11,14 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import serialization
 from PIL import Image
 
-from models.autoencoder_kl import AutoencoderKL
 from pipelines import prepare, prepare_report
 from pipelines.prepare import Plan
 from pipelines.pretrained import load_autoencoder
+from tests.small import write_autoencoder, write_pictures
 from utils import shards
 from utils.cli import UserError
 from utils.pictures import open_pictures
@@ -33,35 +30,12 @@ COUNT, SIDE, SHARD = 100, 16, 8
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> pathlib.Path:
-    """100 JPEGs of 20 to 40 pixels a side in three class folders, the first greyscale."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for i in range(COUNT):
-        coarse = rng.integers(256, size=(5, 5, 3), dtype=np.uint8)
-        size = tuple(rng.integers(20, 41, size=2).tolist())
-        picture = Image.fromarray(coarse).resize(size).convert("RGB" if i else "L")
-        folder = root / "abc"[i % 3]
-        folder.mkdir(exist_ok=True)
-        picture.save(folder / f"{i:03d}.jpg")
-    return root
+    return write_pictures(tmp_path_factory.mktemp("pictures"), COUNT)
 
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory) -> pathlib.Path:
-    """A tiny AutoencoderKL with random weights, in diffusers' format of old."""
-    folder = tmp_path_factory.mktemp("autoencoder")
-    write_autoencoder(folder, bias=0.0)
-    return folder
-
-
-def write_autoencoder(folder: pathlib.Path, bias: float) -> None:
-    """Pictures at half the size, four channels; `bias` is added to the first one's mean."""
-    fields = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    network = AutoencoderKL(**fields)
-    params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3)))["params"]
-    params["quant_conv"]["bias"] = params["quant_conv"]["bias"].at[0].add(bias)
-    config = {"_class_name": "AutoencoderKL", **fields}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "diffusion_flax_model.msgpack").write_bytes(serialization.to_bytes(params))
+    return write_autoencoder(tmp_path_factory.mktemp("autoencoder"))
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def _version_of(
     for version in (tfds.find_name(name, place) for name in names):
         if version:
             return version
-    mend = "give --data_dir=FOLDER_OR_ZIP of pictures"
+    mend = "give a folder or .zip of pictures (--data_dir to train, --source to prepare)"
     for how in filter(None, (tfds.how_to_make(name, place) for name in names)):
         mend = f"{mend}; or {how}"
     if source:
@@ -100,7 +100,7 @@ def _open_files(path: pathlib.Path) -> Files:
     if not files.sizes and path.is_dir() and (names := tfds.names_in(path)):
         raise UserError(f"{path} holds TFDS data: give one of {', '.join(names)} in it")
     if not files.sizes:
-        raise UserError(f"{path} holds no pictures ({' '.join(sorted(SUFFIXES))}): see --data_dir")
+        raise UserError(f"{path} holds no pictures ({' '.join(sorted(SUFFIXES))})")
     return files
 
 
@@ -119,7 +119,7 @@ def _open_zip(path: pathlib.Path) -> Files:
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is no readable .zip ({error}): see --data_dir") from error
+        raise UserError(f"{path} is no readable .zip ({error}): fetch it again") from error
     lock = threading.Lock()  # ZipFile counts its open members without one
 
     def read(name: str) -> bytes:
@@ -183,9 +183,9 @@ def _labels_by_folder(names: Sequence[str]) -> Labels:
         return _no_labels(names)
     if "" in classes:
         loose = names[folders.index("")]
-        raise UserError(f"{loose} lies beside class folders: put it into one, see --data_dir")
+        raise UserError(f"{loose} lies beside class folders: put it into one")
     if set(classes) <= {"train", "val", "valid", "validation", "test"}:
-        raise UserError(f"data_dir holds {' and '.join(classes)}: give one of these as --data_dir")
+        raise UserError(f"the folder holds {' and '.join(classes)}: give one of these instead")
     return np.array([classes[folder] for folder in folders], np.int32), len(classes)
 
 
