@@ -7,8 +7,8 @@
     python prepare_data.py --source=ILSVRC2012/train --dataset_name=imagenet256 \
         --autoencoder=stabilityai/sd-vae-ft-mse --flip --out=data/imagenet256
     # CelebA-HQ from TFDS; as pictures, for training on pixels
-    python prepare_data.py --source=celeb_a_hq/256 --autoencoder=stabilityai/sd-vae-ft-ema \
-        --out=data/celebahq256
+    python prepare_data.py --source=celeb_a_hq/256 --autoencoder=stabilityai/sd-vae-ft-mse \
+        --flip --out=data/celebahq256
     python prepare_data.py --source=celeb_a_hq/256 --autoencoder=none --out=data/celebahq256_pixels
     # pictures of your own, in a folder or a .zip; top folders, where there are, give the labels
     python prepare_data.py --source=pictures.zip --autoencoder=stabilityai/sd-vae-ft-mse \
@@ -50,7 +50,11 @@ flags.DEFINE_boolean("flip", False, "Stores the mirrored pictures' moments too."
 flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Of the autoencoder.")
 flags.DEFINE_integer("batch_size", 0, "Pictures at a time over all devices; 0: by their number.")
 flags.DEFINE_integer("shard_size", 0, "Pictures of a shard; 0: by the number of pictures.")
-flags.DEFINE_string("share", "", "I/N: makes the shards k with k % N = I. Default: by JAX process.")
+flags.DEFINE_string(
+    "share",
+    "",
+    "I/N: makes the shards k with k % N = I; each of N hosts or processes needs its own.",
+)
 flags.DEFINE_integer("num", 0, "Takes only the first so many pictures; 0: all.")
 flags.DEFINE_boolean("skip_corrupt", False, "Leaves out pictures that cannot be read, and says so.")
 REPORT = flags.DEFINE_boolean("report", False, "Writes report.md and report.png into --out.")

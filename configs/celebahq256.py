@@ -1,7 +1,7 @@
 """CelebA-HQ at 256×256, without labels, as latents of the Stable Diffusion VAE or as pixels.
 
   python prepare_data.py --source=celeb_a_hq/256 --autoencoder=stabilityai/sd-vae-ft-mse --flip \
-      --out=data/celebahq256                        # or --source=FOLDER of pictures
+      --out=data/celebahq256    # or --source=FOLDER --dataset_name=celebahq256
   python train_flow.py --config=configs/celebahq256.py --data_dir=data/celebahq256
   python train_meanflow.py --config=configs/celebahq256.py --data_dir=data/celebahq256
   python eval_fid.py --workdir=runs/celebahq256/flow_matching \

@@ -1,7 +1,7 @@
 """ImageNet at 256×256, as latents of the Stable Diffusion VAE.
 
   python prepare_data.py --source=imagenet2012 --autoencoder=stabilityai/sd-vae-ft-mse --flip \
-      --out=data/imagenet256                        # or --source=FOLDER of class folders
+      --out=data/imagenet256    # or --source=FOLDER --dataset_name=imagenet256, a tree of classes
   python train_flow.py --config=configs/imagenet256.py --data_dir=data/imagenet256
   python train_meanflow.py --config=configs/imagenet256.py:meanflow_b4 --data_dir=data/imagenet256
   python eval_fid.py --workdir=runs/imagenet256/flow_matching \
@@ -13,12 +13,12 @@ steps, 42.0 without guidance, in its README); it mirrors pictures, hence --flip 
 Variants of MeanFlow (arXiv 2505.13447, tables 1 to 3; 1-step FID-50K there): meanflow_b4_ablation
 (no guidance, 80 epochs, 61.06), meanflow_b4_guided (ω′ = 3, 80 epochs, 15.53), meanflow_b4 (11.35
 in the authors' code), meanflow_b2 (6.17), meanflow_m2 (5.01), meanflow_l2 (3.84), meanflow_xl2
-(3.43), meanflow_xl2plus (2 steps 2.20). They need no --flip.
+(3.43, 2 steps 2.93), meanflow_xl2plus (2 steps 2.20). They need no --flip.
 
 `pixels` trains B/8 on pixels and needs no autoencoder: --data_dir names a folder, a .zip, a folder
 that TFDS prepared, or what prepare_data.py --autoencoder=none wrote, which is quicker to read.
 
-  python prepare_data.py --source=FOLDER --autoencoder=none --out=data/imagenet256_pixels
+  python prepare_data.py --source=imagenet2012 --autoencoder=none --out=data/imagenet256_pixels
   python train_flow.py --config=configs/imagenet256.py:pixels --data_dir=data/imagenet256_pixels
 
 The latents of all 1,281,167 pictures are 21 GB, 42 GB with --flip: --cache=device keeps them in the

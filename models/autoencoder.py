@@ -5,6 +5,7 @@ For pixels the moments are the uint8 picture itself.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -155,6 +156,8 @@ def _in_slices(function: Callable[[Array], Array], x: Array, size: int) -> Array
     n = len(x)
     if not 0 < size < n:
         return function(x)
+    share = math.gcd(n, size)  # even slices; on several devices both are multiples of their number
+    size = -(-n // -(-n // size) // share) * share
     x = jnp.pad(x, [(0, -n % size)] + [(0, 0)] * (x.ndim - 1))
     slices = x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1)
     out = jax.lax.map(function, slices).swapaxes(0, 1)

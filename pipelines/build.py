@@ -20,7 +20,7 @@ from models.dit import SIZES, DiT
 from models.layers import TIME_INPUTS
 from models.mlp import MLP
 from pipelines.pretrained import Pretrained, load_autoencoder
-from utils.cli import SIZE_KEYS, UserError, flatten
+from utils.cli import SIZE_KEYS, UserError, absolute, flatten
 
 AUTOENCODER = "autoencoder"  # the folder of the copy that goes with latents, and with a model
 MANY = 2**31 - 1
@@ -199,7 +199,7 @@ def autoencoder_place(config: ConfigDict) -> str:
     """
     copy = Path(config.data_dir).expanduser() / AUTOENCODER
     if config.autoencoder or copy.is_dir():
-        return config.autoencoder or str(copy)
+        return absolute(config.autoencoder or str(copy))
     raise UserError(
         f"{config.data_dir or 'data_dir'} holds no copy of the autoencoder: give "
         "--autoencoder=FOLDER, or its name on the hub"

@@ -118,7 +118,7 @@ class FlowPipeline:
         path.mkdir(parents=True, exist_ok=True)
         flat = flatten_dict(jax.device_get(self.params), sep=".")
         tensors = {k: np.ascontiguousarray(v, dtype) for k, v in flat.items()}
-        write_json(path / "config.json", self.config.to_dict())
+        write_json(path / "config.json", {**self.config.to_dict(), "autoencoder": ""})
         write_json(path / "card.json", self.card)
         part = path / f"{WEIGHTS}.part"  # the weights last and at once: with them it is whole
         safetensors.numpy.save_file(tensors, part)

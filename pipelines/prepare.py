@@ -3,8 +3,9 @@ them.
 
 The pictures of a source, in its order, are cut into shards of fixed size. A shard is there whole or
 not at all, so that an interruption costs one shard and loses or doubles nothing, and any number of
-processes can each make a part of them. Batches never reach over shards: what is computed together,
-and so every bit of the result, does not depend on interruptions.
+processes can each make a part of them. Batches never reach over shards: what is computed together
+does not depend on interruptions, nor does any bit of the result while machine, batch size and
+versions stay the same.
 """
 
 import collections
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from models.autoencoder import Autoencoder
 from pipelines.pretrained import Pretrained, copy_autoencoder, load_autoencoder
 from utils import shards
-from utils.cli import UserError
+from utils.cli import UserError, absolute
 from utils.fid import FeatureStats
 from utils.log import progress
 from utils.pictures import open_pictures
@@ -165,8 +166,8 @@ def _card(plan: Plan, name: str, pictures: Pictures, pretrained: Pretrained | No
         kind="moments" if pretrained else "pictures",
         dataset_name=name,
         source={
-            "source": _absolute(plan.source),
-            "data_dir": _absolute(plan.data_dir),
+            "source": absolute(plan.source),
+            "data_dir": absolute(plan.data_dir),
             "split": plan.split,
         },
         source_fingerprint=pictures.fingerprint,
@@ -182,12 +183,6 @@ def _card(plan: Plan, name: str, pictures: Pictures, pretrained: Pretrained | No
         shards=-(-count // shard_size),
         versions={package: importlib.metadata.version(package) for package in PACKAGES},
     )
-
-
-def _absolute(place: str) -> str:
-    """A path as it is called from any folder; the name of a TFDS data set stays as it is."""
-    path = pathlib.Path(place).expanduser()
-    return str(path.absolute()) if place and path.exists() else place
 
 
 def latent_shapes(autoencoder: Autoencoder, size: int) -> tuple[tuple, tuple]:
@@ -208,7 +203,7 @@ def latent_shapes(autoencoder: Autoencoder, size: int) -> tuple[tuple, tuple]:
     if side != size:
         raise UserError(
             f"image_size {size} does not fit the autoencoder: give --image_size=256, or another "
-            "multiple of 64"
+            "multiple of its factor, mostly 8"
         )
     return moments.shape[1:], x.shape[1:]
 
@@ -229,16 +224,27 @@ def _share(text: str) -> tuple[int, int]:
 
 def _begin(out: pathlib.Path, work: Work) -> Card:
     """Writes the card and copies the autoencoder, or checks that the work goes on with the same."""
+    if out.is_file():
+        raise UserError(f"{out} is a file: give a new folder as --out")
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / "card.json").exists():
-        if any(not path.name.startswith(".") for path in out.iterdir()):
-            raise UserError(f"{out} holds something else: give a new folder as --out")
+    there = {name for name in os.listdir(out) if not name.startswith(".")}
+    if there and "card.json" not in there:
+        raise UserError(f"{out} holds something else: give a new folder as --out")
+    if not there:  # another process may write its own meanwhile: they are compared below
         shards.write_card(out, work.card)
     card = shards.read_card(out, complete=False)
     _check_same(out, card, work.card)
     if work.pretrained is not None:
-        copy_autoencoder(work.pretrained.folder, out / "autoencoder")
+        _keep_autoencoder(work.pretrained, out / "autoencoder")
     return card
+
+
+def _keep_autoencoder(pretrained: Pretrained, copy: pathlib.Path) -> None:
+    """Copies the autoencoder beside its moments; a copy of the same numbers is left alone."""
+    if not copy.exists():
+        copy_autoencoder(pretrained.folder, copy)
+    elif load_autoencoder(str(copy)).fingerprint != pretrained.fingerprint:
+        raise UserError(f"{copy} is another autoencoder: remove it, and run this command again")
 
 
 def _check_same(out: pathlib.Path, begun: Card, asked: Card) -> None:
@@ -250,9 +256,9 @@ def _check_same(out: pathlib.Path, begun: Card, asked: Card) -> None:
             _refuse(out, "autoencoder", was, now)
         if a["compute_dtype"] != b["compute_dtype"]:
             _refuse(out, "compute dtype", a["compute_dtype"], b["compute_dtype"])
-    free = {"source", "autoencoder", "versions", "complete", "count", "skipped", "content"}
+    free = {"source", "autoencoder", "versions", "complete", "count", "skipped", "skipped_keys"}
     for field in dataclasses.fields(Card):
-        if field.name not in free | {"mean", "std"}:
+        if field.name not in free | {"content", "mean", "std"}:
             was, now = getattr(begun, field.name), getattr(asked, field.name)
             if was != now:
                 _refuse(out, field.name.replace("_", " "), was, now)
@@ -505,15 +511,18 @@ def complete(out: pathlib.Path, work: Work) -> Card:
             skipped += _left_out(work.pictures, card, k, index[-1]["key"], shard.path)
             bar.update(card.expected(k))
     heads = np.concatenate(index)
+    if not len(heads):
+        raise UserError(f"none of the {card.source_count} pictures can be read: see --source")
     shards.write_index(out, heads)
     card = dataclasses.replace(
         card,
         complete=True,
         count=len(heads),
-        skipped=tuple(skipped),
+        skipped=tuple(work.pictures.name(number) for number in skipped),
+        skipped_keys=tuple(work.pictures.keys[skipped].tolist()) if skipped else (),
         content=digest.hexdigest(),
-        mean=tuple(stats.mean.tolist()) if channels and len(heads) else (),
-        std=tuple(np.sqrt(np.diag(stats.cov)).tolist()) if channels and len(heads) else (),
+        mean=tuple(stats.mean.tolist()) if channels else (),
+        std=tuple(np.sqrt(np.diag(stats.cov)).tolist()) if channels else (),
     )
     shards.write_card(out, card)
     shards.remove_leftovers(out, older_than=-1)
@@ -535,8 +544,8 @@ def _means(card: Card, records: list[bytes], channels: int) -> np.ndarray:
 
 def _left_out(
     pictures: Pictures, card: Card, shard: int, keys: np.ndarray, path: pathlib.Path
-) -> list[str]:
-    """Names the pictures that a shard stands for and does not hold.
+) -> list[int]:
+    """The numbers of the pictures that a shard stands for and does not hold.
 
     Raises:
       UserError: it holds others, or not in the source's order.
@@ -545,4 +554,4 @@ def _left_out(
     there = np.isin(pictures.keys[first:end], keys)
     if not np.array_equal(pictures.keys[first:end][there], keys):
         raise UserError(f"{path} is not of {pictures.where}: delete it and {shards.AGAIN}")
-    return [pictures.name(first + int(i)) for i in np.flatnonzero(~there)]
+    return (first + np.flatnonzero(~there)).tolist()

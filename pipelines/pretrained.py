@@ -131,7 +131,7 @@ def copy_autoencoder(folder: str | os.PathLike, to: str | os.PathLike) -> None:
     wanted = [*([files.config] if files.config else []), *files.weights]
     to.parent.mkdir(parents=True, exist_ok=True)
     if not to.exists():
-        part = pathlib.Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
+        part = pathlib.Path(tempfile.mkdtemp(".part", f".{to.name}.", to.parent))
         try:
             part.chmod(0o777 & ~_umask())  # mkdtemp's is the owner's alone
             for path in wanted:

@@ -16,7 +16,7 @@ from flows.path import interpolate
 from pipelines import build
 from pipelines.flow import FlowPipeline, read_json, trained_card, write_json
 from utils import data, flops
-from utils.cli import UserError, flatten
+from utils.cli import UserError, absolute, flatten
 from utils.feed import feed
 from utils.figures import grid
 from utils.log import Logger
@@ -54,6 +54,8 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
     if config.objective not in ("", objective.func.__name__):
         raise UserError(f"objective={config.objective!r} is set by the script: leave it out")
     config.objective = objective.func.__name__
+    for key in ("data_dir", "autoencoder"):  # who reads the run may stand in another folder
+        config[key] = absolute(config[key])
     path = pathlib.Path(workdir or f"runs/{config.dataset_name}/{config.objective}")
     codec = build.autoencoder(config, dataset.shape, dataset.autoencoder)
     shape = build.latent_shape(codec, dataset.shape)

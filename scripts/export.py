@@ -17,6 +17,9 @@ from utils import cli
 
 WORKDIR = flags.DEFINE_string("workdir", "", "The run's folder.")
 OUT = flags.DEFINE_string("out", "", "The folder to write; it must not hold weights yet.")
+AUTOENCODER = flags.DEFINE_string(
+    "autoencoder", "", "Of a run on latents: its folder, if not where the run found it."
+)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Of the weights in the file.")
 
 
@@ -26,7 +29,8 @@ def main(_) -> None:
 
     if not WORKDIR.value or not OUT.value:
         raise cli.UserError("which run, and where to? --workdir=runs/... --out=FOLDER")
-    FlowPipeline.from_pretrained(WORKDIR.value).save_pretrained(OUT.value, DTYPE.value)
+    pipeline = FlowPipeline.from_pretrained(WORKDIR.value, AUTOENCODER.value)
+    pipeline.save_pretrained(OUT.value, DTYPE.value)
 
 
 if __name__ == "__main__":

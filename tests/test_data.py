@@ -14,7 +14,7 @@ from PIL import Image
 from configs.base import get_config
 from utils import data
 from utils.cli import UserError
-from utils.sources import ArraySource, CorruptPicture, PictureSource, centre_crop
+from utils.sources import ArraySource, CorruptPicture, PictureSource, centre_crop, decode
 
 
 def config(**keys):
@@ -507,3 +507,32 @@ def test_a_link_to_a_folder_is_followed(tmp_path):
     (tmp_path / "tree" / "a").symlink_to(tmp_path / "real")
     found = data.open_pictures(str(tmp_path / "tree"))
     assert {found.name(i) for i in range(len(found.keys))} == {"a/0000.png", "a/0001.png"}
+
+
+def encoded(picture: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_grey_of_sixteen_bits_is_scaled_and_not_cut_off(kind):
+    ramp = np.arange(0, 65536, 256, np.uint16).reshape(16, 16)
+    picture = np.asarray(decode(encoded(Image.fromarray(ramp), kind), "ramp"))
+    expected = np.rint(ramp / 65535 * 255)
+    np.testing.assert_array_equal(picture, np.repeat(expected[..., None], 3, axis=-1))
+
+
+def test_other_kinds_are_refused_by_name():
+    values = np.random.default_rng(0).random((8, 8)).astype(np.float32)
+    with pytest.raises(CorruptPicture, match=r"depth.tiff .* floating-point"):
+        decode(encoded(Image.fromarray(values), "tiff"), "depth.tiff")
+    with pytest.raises(CorruptPicture, match=r"line.png .* 900 × 2 pixels have no centre"):
+        decode(encoded(Image.new("RGB", (900, 2)), "png"), "line.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "RGB"])
+def test_every_usual_mode_becomes_rgb(mode):
+    picture = Image.new("RGB", (4, 4), (250, 10, 20)).convert(mode)
+    kind = "tiff" if mode == "CMYK" else "png"
+    assert decode(encoded(picture, kind), "picture").mode == "RGB"

@@ -73,6 +73,14 @@ def test_batches_do_not_depend_on_the_cache_or_the_devices(name, flip):
                 assert a[key].dtype == b[key].dtype
 
 
+def test_large_caches_are_filled_in_chunks(monkeypatch):
+    monkeypatch.setattr(feed, "CHUNK", 3)
+    expected = take(pixels(), "disk", 1, flip=True)
+    for a, b in zip(expected, take(pixels(), "device", 8, flip=True), strict=True):
+        np.testing.assert_array_equal(a["x"], b["x"])
+        np.testing.assert_array_equal(a["label"], b["label"])
+
+
 @pytest.mark.parametrize("cache", feed.CACHES)
 def test_a_later_start_goes_on_where_the_batches_were(cache):
     whole = take(pixels(), cache, 8, flip=True)
@@ -122,9 +130,11 @@ def test_what_does_not_fit_is_told_in_one_line(monkeypatch):
         take(pixels(), "ram", 1, flip=False)
     with pytest.raises(UserError, match=r"cache=device needs .* give --cache=host or --cache=disk"):
         feed.on_devices(pixels(), Mesh(), flip=False)
-    monkeypatch.setattr(feed.os, "sysconf", lambda name: 10)
+    monkeypatch.setattr(feed, "_free_memory", lambda: 10)
     with pytest.raises(UserError, match=r"cache=host needs .* give --cache=disk"):
         feed.in_memory(TwoSided(np.float16), flip=True)
+    with pytest.raises(UserError, match=r"cache=device needs .* give --cache=host or --cache=disk"):
+        feed.on_devices(pixels(), make_mesh(), flip=False)  # of CPUs
     empty = ArraySource(np.zeros((0, 2, 2, 1), np.uint8), np.zeros(0, np.int32))
     with pytest.raises(UserError, match="no items"):
         feed.on_devices(empty, make_mesh(), flip=False)

@@ -17,7 +17,7 @@ from pipelines.flow import FlowPipeline
 from pipelines.pretrained import load_autoencoder
 from pipelines.train import train
 from tests.small import write_autoencoder, write_pictures
-from utils import data, shards
+from utils import data, feed, shards
 from utils.cli import UserError
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -161,8 +161,18 @@ def test_another_decoder_is_an_argument_and_not_a_constant(place):
 MISTAKES = [
     ({"data_dir": "pictures"}, r"holds no latents: write them with prepare_data.py"),
     ({"data_dir": ""}, r"folder holds no latents: write them with prepare_data.py"),
-    ({"data_dir": "pixels"}, r"holds pictures, not an autoencoder's moments"),
-    ({"use_stable_vae": 0}, r"holds an autoencoder's moments, not pictures"),
+    ({"data_dir": "pixels"}, r"holds pictures, not latents: train with --use_stable_vae=0"),
+    ({"use_stable_vae": 0}, r"an autoencoder's moments, not pictures: .* --use_stable_vae=1"),
+    ({"dataset_name": "imagenet256"}, r"prepared with --dataset_name=folder, which decides"),
+    (
+        {
+            "data_dir": "pixels",
+            "dataset_name": "celebahq256",
+            "use_stable_vae": 0,
+            "image_size": 16,
+        },
+        r"prepared with --dataset_name=folder, which decides",
+    ),
     ({"use_stable_vae": 2}, r"use_stable_vae=2: 1 for latents, 0 for pixels"),
     ({"image_size": 32}, r"was prepared at 16 pixels, not 32: give --image_size=16"),
     ({"autoencoder": "other"}, r"made by another autoencoder \(fingerprint \w+\) than .*other"),
@@ -184,14 +194,34 @@ def test_mistakes_are_told_in_one_line(place, tmp_path, changes, told):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_has_no_mirrored_side_is_not_flipped(place, tmp_path):
-    plan = prepare.Plan(
-        str(place / "pictures"), str(place / "plain"), str(place / "kl"), image_size=SIDE
-    )
-    prepare.prepare(plan)
+@pytest.mark.parametrize("cache", feed.CACHES)
+def test_what_has_no_mirrored_side_is_not_flipped(place, tmp_path, cache):
+    if not (place / "plain").exists():
+        prepare.prepare(plan_of(place / "pictures", place / "plain", place / "kl"))
     with pytest.raises(UserError, match="no mirrored moments: prepare it with --flip"):
-        train(small_config(place / "plain"), str(tmp_path / "run"), build.flow_objective)
-    train(small_config(place / "plain", flip=False), str(tmp_path / "run"), build.flow_objective)
+        config = small_config(place / "plain", cache=cache)
+        train(config, str(tmp_path / "run"), build.flow_objective)
+    assert not (tmp_path / "run").exists()
+
+
+def test_corrupt_pictures_that_were_left_out_are_left_out_of_comparisons(place, tmp_path):
+    write_pictures(tmp_path / "pictures", COUNT)
+    names = sorted((tmp_path / "pictures").rglob("*.jpg"))
+    for file in (names[3], names[-1]):
+        file.write_bytes(file.read_bytes()[:300])
+    plan = plan_of(tmp_path / "pictures", tmp_path / "data", place / "kl")
+    prepare.prepare(plan._replace(skip_corrupt=True))
+    pixels = plan._replace(out=str(tmp_path / "pixels"), autoencoder="none", skip_corrupt=True)
+    prepare.prepare(pixels)
+    config = small_config(tmp_path / "data", holdout=0.25)
+    latents = data.load(config)
+    pictures = data.load_pictures(config, latents.origin)
+    files = data.load(small_config(tmp_path / "pixels", holdout=0.25, use_stable_vae=0))
+    assert pictures.identity == latents.origin["identity"] == files.identity
+    assert len(pictures.train) + len(pictures.heldout) == COUNT - 2
+    for part in ("train", "heldout"):
+        labels = data.arrays(getattr(latents, part))["label"]
+        assert list(data.arrays(getattr(pictures, part))["label"]) == list(labels)
 
 
 def test_latents_without_their_copy_of_the_autoencoder(place, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 import pathlib
 import shutil
@@ -124,7 +125,7 @@ def test_pictures_are_kept_as_they_are_where_the_crop_changes_nothing(tmp_path):
     noise.resize((50, 33)).save(folder / "d.jpg")
     plan = Plan(str(folder), str(tmp_path / "out"), "none", image_size=SIDE)
     prepare.prepare(plan)
-    kept, files = shards.open_shards(plan.out), sorted(folder.iterdir())
+    kept, files = shards.open_shards(plan.out, "folder"), sorted(folder.iterdir())
     assert [kept.read(i)[0] == f.read_bytes() for i, f in enumerate(files)] == [1, 1, 0, 0]
     for i, file in enumerate(files):
         stored = Image.open(io.BytesIO(kept.read(i)[0])).convert("RGB")
@@ -259,7 +260,7 @@ def test_a_damaged_shard_is_found_at_the_end_and_made_anew(plan):
     path.unlink()  # from a complete folder, which it is no longer
     other.unlink()
     assert "12 of 13 shards" in prepare.prepare(plan._replace(share="0/5"))
-    assert "is unfinished" in complaint(shards.open_shards, plan.out)
+    assert "is unfinished" in complaint(shards.open_shards, plan.out, "folder")
     prepare.prepare(plan)
     assert shards.read_card(plan.out) == before
     prepare.prepare(to(plan, "whole"))
@@ -411,3 +412,23 @@ def test_a_report_of_pictures_shows_them(plan):
     moved = dataclasses.replace(shards.read_card(plan.out), source_fingerprint="0" * 12)
     shards.write_card(plan.out, moved)
     assert "was not prepared from" in complaint(prepare_report.write, plan)
+
+
+def test_the_same_numbers_in_other_files_are_the_same_autoencoder(plan, autoencoder, tmp_path):
+    prepare.prepare(plan._replace(share="0/2"))
+    other = shutil.copytree(autoencoder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | {"_name_or_path": "elsewhere"}
+    (other / "config.json").write_text(json.dumps(config))
+    assert "is complete" in prepare.prepare(plan._replace(autoencoder=str(other)))
+    write_autoencoder(pathlib.Path(plan.out) / "autoencoder", bias=1.0)
+    line = complaint(prepare.prepare, plan)
+    assert "is another autoencoder: remove it" in line
+
+
+def test_nothing_readable_is_no_data(plan, tmp_path):
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for i in range(3):
+        (source / f"{i}.jpg").write_bytes(b"no picture")
+    line = complaint(prepare.prepare, plan._replace(source=str(source), skip_corrupt=True))
+    assert "none of the 3 pictures can be read" in line

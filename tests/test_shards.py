@@ -113,7 +113,7 @@ def test_pictures_come_back_as_they_were_written(tmp_path):
         records = [shards.pack_picture(1000 + i, i % 5, encoded[i]) for i in rows]
         shards.write_shard(shards.shard_path(tmp_path, card, k), records)
     shards.write_card(tmp_path, card)
-    pictures = shards.open_shards(tmp_path)
+    pictures = shards.open_shards(tmp_path, "folder")
     assert [pictures.read(i) for i in range(COUNT)] == [(encoded[i], i % 5) for i in range(COUNT)]
     assert (pictures.num_classes, pictures.size) == (5, 16)
     assert pictures.fingerprint == card.source_fingerprint

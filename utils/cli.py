@@ -184,6 +184,12 @@ def load_config(file: str) -> ConfigDict:
         sys.argv = argv
 
 
+def absolute(place: str) -> str:
+    """A path as it is called from any folder; a name that is no path stays as it is."""
+    path = pathlib.Path(place).expanduser()
+    return str(path.absolute()) if place and path.exists() else place
+
+
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, object]:
     """Returns {"model.depth": value, …}; lists become tuples, so that JSON compares equal."""
     flat: dict[str, object] = {}

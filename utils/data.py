@@ -77,9 +77,10 @@ def load_pictures(config: ConfigDict, origin: dict | None, data_dir: str = "") -
     """
     if origin:
         source = {**origin["source"], **({"source": data_dir} if data_dir else {})}
-        pictures = open_pictures(**source, dataset_name=origin["dataset_name"])
-        size, count = origin["image_size"], origin["count"]
-        return _of_pictures(config.dataset_name, pictures, size, count, config.holdout)
+        pictures = open_pictures(**source, dataset_name=config.dataset_name)
+        left_out = np.isin(pictures.keys, np.array(origin["skipped"], np.uint64))
+        kept = np.flatnonzero(~left_out & (np.arange(len(left_out)) < origin["count"]))
+        return _of_pictures(config, pictures, kept, origin["image_size"])
     if data_dir:
         config = config.copy_and_resolve_references()
         config.data_dir = data_dir
@@ -113,7 +114,7 @@ def batches(
     """
     import grain  # here, so that evaluation does without it
 
-    _check(source, batch_size, seed, flip, hosts=shard[1])
+    check(source, batch_size=batch_size, seed=seed, flip=flip, hosts=shard[1])
 
     def batch(step: int) -> dict[str, np.ndarray]:
         local = batch_size // shard[1]
@@ -133,7 +134,8 @@ def batches(
     return iterator
 
 
-def _check(source: Source, batch_size: int, seed: int, flip: bool, hosts: int) -> None:
+def check(source: Source, *, batch_size: int, seed: int, flip: bool, hosts: int = 1) -> None:
+    """Raises UserError where `batches` of these options cannot be made."""
     if not len(source):
         raise UserError("no items to make batches of: see --data_dir and --holdout")
     if batch_size < 1 or batch_size % hosts:
@@ -145,6 +147,8 @@ def _check(source: Source, batch_size: int, seed: int, flip: bool, hosts: int) -
         raise UserError(f"seed {seed} is negative: give --seed=0 or above")
     if flip and source[0]["x"].ndim != 3:
         raise UserError("points have no left and right: give --flip=False")
+    if flip:
+        source.gather([0], np.ones(1, bool))  # moments without the mirrored side say so
 
 
 def _order(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -284,23 +288,27 @@ def _pictures(config: ConfigDict, size: int) -> Dataset:
     """What `open_pictures` finds in data_dir."""
     pictures = open_pictures(config.data_dir, dataset_name=config.dataset_name)
     size = size or pictures.size or _side(pictures)
-    return _of_pictures(config.dataset_name, pictures, size, len(pictures.keys), config.holdout)
+    return _of_pictures(config, pictures, np.arange(len(pictures.keys)), size)
 
 
-def _of_pictures(name: str, pictures: Pictures, size: int, count: int, holdout: float) -> Dataset:
-    """The first `count` pictures, held out by a hash of names: new pictures move no old one."""
+def _of_pictures(config: ConfigDict, pictures: Pictures, kept: np.ndarray, size: int) -> Dataset:
+    """The pictures `kept`, held out by a hash of names: new pictures move no old one."""
     pictures.check_size(size)
-    held = _held(pictures.keys[:count], holdout)
+    keys = pictures.keys[kept]
+    held = _held(keys, config.holdout)
+    return Dataset(
+        config.dataset_name,
+        PictureSource(pictures, kept[~held], size),
+        PictureSource(pictures, kept[held], size),
+        pictures.num_classes,
+        (size, size, 3),
+        _fingerprint(pictures.fingerprint, keys, size, config.holdout),
+    )
 
-    def part(mask: np.ndarray) -> PictureSource:
-        return PictureSource(pictures, np.flatnonzero(mask), size)
 
-    shape, content = (size, size, 3), _fingerprint(pictures.fingerprint, size, count, holdout)
-    return Dataset(name, part(~held), part(held), pictures.num_classes, shape, content)
-
-
-def _fingerprint(pictures: str, size: int, count: int, holdout: float) -> str:
-    return fingerprint(pictures, f"{size} {count} {float(holdout)}")
+def _fingerprint(pictures: str, keys: np.ndarray, size: int, holdout: float) -> str:
+    """Names pictures of a source, whether they lie there as files, as shards or as latents."""
+    return fingerprint(pictures, keys.astype("<u8"), f"{size} {float(holdout)}")
 
 
 def _held(keys: np.ndarray, holdout: float) -> np.ndarray:
@@ -333,6 +341,7 @@ def _latents(config: ConfigDict) -> Dataset:
         )
     source = shards.MomentsSource(config.data_dir)
     card = source.card
+    shards.check_name(config.data_dir, card, config.dataset_name)
     size = card.image_size
     if config.image_size not in (0, size):
         raise UserError(
@@ -340,13 +349,13 @@ def _latents(config: ConfigDict) -> Dataset:
             f"give --image_size={size}, or prepare it again"
         )
     held = _held(source.keys, config.holdout)
-    pictures = _fingerprint(card.source_fingerprint, size, card.source_count, config.holdout)
+    pictures = _fingerprint(card.source_fingerprint, source.keys, size, config.holdout)
     origin = {
         "identity": f"{config.dataset_name} {pictures}",
         "source": card.source,
-        "dataset_name": card.dataset_name,
         "image_size": size,
         "count": card.source_count,
+        "skipped": list(card.skipped_keys),
     }
     return Dataset(
         config.dataset_name,

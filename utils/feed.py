@@ -5,14 +5,16 @@ and hosts. Memory is asked for before it is filled.
 """
 
 import collections
+import contextlib
 import functools
-import os
-from collections.abc import Callable, Iterator
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -40,15 +42,18 @@ def feed(
         device spreads all over the devices' memory, so that a step asks the host for numbers alone.
       batch_size: over all devices and hosts. One batch is on its way while another is used.
     Raises:
-      UserError: another cache, or one that does not fit.
+      UserError: another cache, items that cannot be batched or mirrored so; on the first batch, a
+        cache that does not fit.
     """
     if cache not in CACHES:
         raise UserError(f"cache={cache!r}: one of {', '.join(CACHES)}")
+    hosts = jax.process_count()
+    data.check(source, batch_size=batch_size, seed=seed, flip=flip, hosts=hosts)
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "seed": seed,
         "flip": flip,
-        "shard": (jax.process_index(), jax.process_count()),
+        "shard": (jax.process_index(), hosts),
     }
 
     def from_step(start: int) -> Iterator[dict[str, Array]]:
@@ -96,7 +101,7 @@ def in_memory(source: Source, flip: bool) -> Source:
     if isinstance(source, ArraySource):
         return source
     shape, dtype = _stored(source, flip)
-    _check_fits("host", shape, dtype, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    _check_fits("host", shape, dtype, _free_memory())
     x, label = np.empty(shape, dtype), np.empty(shape[0], np.int32)
     with progress(0, len(source), "item", "into the host's memory") as bar:
         for start in range(0, len(source), CHUNK):
@@ -124,6 +129,16 @@ def _read(source: Source, rows: range, sides: int) -> tuple[np.ndarray, np.ndarr
     both = None, np.ones(len(rows), bool)
     parts = [source.gather(rows, mirrored) for mirrored in both[:sides]]
     return np.stack([part["x"] for part in parts], axis=1), parts[0]["label"]
+
+
+def _free_memory() -> float:
+    """Bytes that this process may still take: of the machine, or of its container (cgroup 2)."""
+    free = float(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or no limit
+        group = pathlib.Path("/sys/fs/cgroup")
+        used, most = (int((group / f"memory.{name}").read_text()) for name in ("current", "max"))
+        free = min(free, most - used)
+    return free
 
 
 def _check_fits(cache: str, shape: tuple[int, ...], dtype: np.dtype, memory: float) -> None:
@@ -167,10 +182,11 @@ def on_devices(source: Source, mesh: Mesh, flip: bool) -> Callable[[dict], dict[
     """
     shape, dtype = _stored(source, flip)
     limits = [device.memory_stats() for device in mesh.local_devices]
-    if all(limits):  # CPUs give none
+    if all(limits):
         free = min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in limits)
-        memory = free * mesh.size
-        _check_fits("device", shape, dtype, memory)
+        _check_fits("device", shape, dtype, free * mesh.size)
+    else:  # of CPUs, which share the host's
+        _check_fits("device", shape, dtype, _free_memory() * jax.process_count())
     items = _spread(source, mesh, shape, dtype)
     mirrors = flip and shape[1] == 1  # pixels
 
@@ -206,27 +222,35 @@ def _rows(mesh: Mesh) -> Callable[[dict, Array], dict[str, Array]]:
 
 
 def _spread(source: Source, mesh: Mesh, shape: tuple[int, ...], dtype: np.dtype) -> dict:
-    """{'x': (n, sides, …), 'label': (n,)}, filled up with zeros for devices to share evenly."""
+    """{'x': (n, sides, …), 'label': (n,)}, filled up with zeros for devices to share evenly.
+
+    The host holds CHUNK items at a time.
+    """
     count = shape[0] + -shape[0] % mesh.size
     place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    share = count // mesh.size
-    labels: dict[int, np.ndarray] = {}  # first row of a device's share → its labels
+    parts = []
     with progress(0, len(source), "item", "into the devices' memory") as bar:
+        for device, index in place.addressable_devices_indices_map((count,)).items():
+            first = (index and index[0].start) or 0
+            rows = range(first, min(first + count // mesh.size, shape[0]))
+            zeros = jnp.zeros((count // mesh.size, *shape[1:]), dtype, device=device)
+            held = zeros, jnp.zeros(count // mesh.size, jnp.int32, device=device)
+            for start in range(rows.start, rows.stop, CHUNK):
+                part = range(start, min(start + CHUNK, rows.stop))
+                held = _written(held, _read(source, part, shape[1]), start - first)
+                bar.update(len(part))
+            parts.append(held)
 
-        def part(index: Any) -> np.ndarray:
-            first = index[0].start or 0
-            x, label = np.zeros((share, *shape[1:]), dtype), np.zeros(share, np.int32)
-            for start in range(first, min(first + share, shape[0]), CHUNK):
-                rows = range(start, min(start + CHUNK, first + share, shape[0]))
-                to = slice(start - first, rows.stop - first)
-                x[to], label[to] = _read(source, rows, shape[1])
-                bar.update(len(rows))
-            labels[first] = label
-            return x
+    def whole(arrays: Sequence[Array]) -> Array:
+        global_shape = (count, *arrays[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(global_shape, place, list(arrays))
 
-        x = jax.make_array_from_callback((count, *shape[1:]), place, part)
+    x, label = map(whole, zip(*parts, strict=True))
+    return {"x": x, "label": label}
 
-    def label(index: Any) -> np.ndarray:
-        return labels[index[0].start or 0]
 
-    return {"x": x, "label": jax.make_array_from_callback((count,), place, label)}
+@functools.partial(jax.jit, donate_argnums=0)
+def _written(held: tuple, part: tuple, start: int) -> tuple:
+    """Writes the rows of `part` into those of `held` from `start` on."""
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+    return jax.tree.map(write, held, part)

@@ -44,7 +44,7 @@ def open_pictures(
     names = TFDS_NAMES.get(dataset_name, ())
     path = pathlib.Path(source).expanduser() if source else None
     if path and shards.is_prepared(path):
-        return shards.open_shards(path)
+        return shards.open_shards(path, dataset_name)
     if path and path.exists():
         version = _version_in(path, names)
     else:
@@ -119,12 +119,17 @@ def _open_zip(path: pathlib.Path) -> Files:
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is no readable .zip ({error}): fetch it again") from error
+        raise UserError(
+            f"{path} is no whole .zip ({error}): give a folder or a .zip, or fetch it again"
+        ) from error
     lock = threading.Lock()  # ZipFile counts its open members without one
 
     def read(name: str) -> bytes:
-        with lock:
-            return archive.read(name)
+        try:
+            with lock:
+                return archive.read(name)
+        except (RuntimeError, NotImplementedError) as error:  # encrypted, or packed in a rare way
+            raise UserError(f"{path}/{name} cannot be read ({error}): unpack the .zip") from error
 
     sizes = {file.filename: file.file_size for file in archive.infolist()}
     return Files(str(path), {name: sizes[name] for name in sizes if _is_picture(name)}, read)

@@ -21,6 +21,7 @@ import math
 import os
 import pathlib
 import secrets
+import shutil
 import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -68,6 +69,7 @@ class Card:
     complete: bool = False
     count: int = 0  # records; this and what follows is known once it is complete
     skipped: tuple[str, ...] = ()  # names of corrupt pictures that were left out
+    skipped_keys: tuple[int, ...] = ()
     content: str = ""  # 12 hexadecimal digits of blake2b over all records in order
     mean: tuple[float, ...] = ()  # per channel, of the unscaled latents (the posterior's mean)
     std: tuple[float, ...] = ()
@@ -188,7 +190,11 @@ def remove_leftovers(folder: str | os.PathLike, older_than: float = _STALE) -> N
     """Removes temporary files of killed processes: those not written to for so many seconds."""
     for path in pathlib.Path(folder).glob(".*.part"):
         try:
-            if time.time() - path.stat().st_mtime > older_than:
+            if time.time() - path.stat().st_mtime <= older_than:
+                continue
+            if path.is_dir():  # of an autoencoder
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink()
         except FileNotFoundError:  # renamed or removed by another process
             continue
@@ -356,7 +362,7 @@ class MomentsSource:
         self.folder = pathlib.Path(folder).expanduser()
         self.card = read_card(self.folder)
         if self.card.kind != "moments":
-            raise UserError(f"{folder} holds pictures, not an autoencoder's moments")
+            raise UserError(f"{folder} holds pictures, not latents: train with --use_stable_vae=0")
         index = _read_index(self.folder, self.card)
         self._records = _Records(self.folder, self.card)
         self._take(index, np.arange(len(index)) if indices is None else indices)
@@ -414,7 +420,17 @@ class MomentsSource:
         }
 
 
-def open_shards(folder: str | os.PathLike) -> Pictures:
+def check_name(folder: str | os.PathLike, card: Card, dataset_name: str) -> None:
+    """Raises UserError where labels were read as another data set's."""
+    if card.dataset_name != dataset_name:
+        raise UserError(
+            f"{folder} was prepared with --dataset_name={card.dataset_name}, which decides its "
+            f"labels: prepare it with --dataset_name={dataset_name}, or train with "
+            f"--dataset_name={card.dataset_name}"
+        )
+
+
+def open_shards(folder: str | os.PathLike, dataset_name: str) -> Pictures:
     """Gives back the encoded pictures of a folder that was prepared with --autoencoder=none.
 
     Raises:
@@ -424,7 +440,11 @@ def open_shards(folder: str | os.PathLike) -> Pictures:
     folder = pathlib.Path(folder).expanduser()
     card = read_card(folder)
     if card.kind != "pictures":
-        raise UserError(f"{folder} holds an autoencoder's moments, not pictures")
+        raise UserError(
+            f"{folder} holds an autoencoder's moments, not pictures: give the pictures' folder, or "
+            "train on it with --use_stable_vae=1"
+        )
+    check_name(folder, card, dataset_name)
     index, records = _read_index(folder, card), _Records(folder, card)
 
     def read(item: int) -> tuple[bytes, int]:

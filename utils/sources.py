@@ -106,11 +106,27 @@ def decode(encoded: bytes, name: str) -> Image.Image:
       CorruptPicture: the content is no whole picture; `name` is what the message calls it.
     """
     try:
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
+        return _rgb(Image.open(io.BytesIO(encoded)))
     except Exception as error:  # Pillow's decoders and zlib raise errors of many kinds
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "its content is of no known kind" if unknown else error
         raise CorruptPicture(f"{name} is no readable picture: {reason}") from error
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    """Pillow's own conversion cuts what is above 255 off; grey of 16 bits is scaled here.
+
+    Raises:
+      ValueError: values of no known range, or a shape that has no centre square to speak of.
+    """
+    if max(picture.size) > 64 * min(picture.size):
+        raise ValueError(f"{picture.width} × {picture.height} pixels have no centre to crop")
+    if picture.mode == "F":
+        raise ValueError("its values are floating-point, of unknown range")
+    if picture.mode.startswith("I"):
+        grey = np.asarray(picture).astype(np.float64) / 257
+        picture = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def key(name: str) -> int:
