@@ -1,6 +1,6 @@
 """Compares runs by the distance of their samples from real data, step count by step count:
 
-    python eval_fid.py --workdir=runs/digits/flow_matching --workdir=runs/digits/mean_flow \
+    python eval_fid.py --workdir=runs/digits/flow_matching --workdir=runs/digits/mean_flow \\
         --steps=1,2,4,8,16,32 --num_samples=2000 --out=runs/digits/eval
 
 A run is a training script's --workdir, or a folder that an exported model lies in. The folder --out
@@ -31,7 +31,7 @@ OUT = flags.DEFINE_string("out", "runs/eval", "Folder of the table and the pictu
 SEED = flags.DEFINE_integer("seed", 0, "Of noise and labels, which are the same for every run.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples at a time; changes no result.")
 CACHE_DIR = flags.DEFINE_string("cache_dir", "runs/cache", "Keeps classifiers and references.")
-DATA_DIR = flags.DEFINE_string("data_dir", "", "The pictures, if not where the run found them.")
+DATA_DIR = flags.DEFINE_string("data_dir", "", "The pictures (not latents), if they have moved.")
 AUTOENCODER = flags.DEFINE_string(
     "autoencoder", "", "Of runs on latents: its folder, if not where the run found it."
 )

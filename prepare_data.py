@@ -1,17 +1,17 @@
 """Writes a data set as an autoencoder's moments, or as cropped pictures, for training to read:
 
     # ImageNet from TFDS, prepared as array_record: 2 × 21 GB with mirrored pictures
-    python prepare_data.py --source=imagenet2012 --autoencoder=stabilityai/sd-vae-ft-mse \
+    python prepare_data.py --source=imagenet2012 --autoencoder=stabilityai/sd-vae-ft-mse \\
         --flip --out=data/imagenet256
     # ImageNet as a tree of class folders, n01440764/ and so on
-    python prepare_data.py --source=ILSVRC2012/train --dataset_name=imagenet256 \
+    python prepare_data.py --source=ILSVRC2012/train --dataset_name=imagenet256 \\
         --autoencoder=stabilityai/sd-vae-ft-mse --flip --out=data/imagenet256
     # CelebA-HQ from TFDS; as pictures, for training on pixels
-    python prepare_data.py --source=celeb_a_hq/256 --autoencoder=stabilityai/sd-vae-ft-mse \
+    python prepare_data.py --source=celeb_a_hq/256 --autoencoder=stabilityai/sd-vae-ft-mse \\
         --flip --out=data/celebahq256
     python prepare_data.py --source=celeb_a_hq/256 --autoencoder=none --out=data/celebahq256_pixels
     # pictures of your own, in a folder or a .zip; top folders, where there are, give the labels
-    python prepare_data.py --source=pictures.zip --autoencoder=stabilityai/sd-vae-ft-mse \
+    python prepare_data.py --source=pictures.zip --autoencoder=stabilityai/sd-vae-ft-mse \\
         --out=data/pictures
     # two processes at once, each with its share of the work, on one machine or on two
     python prepare_data.py --source=... --out=data/imagenet256 --share=0/2
@@ -34,7 +34,10 @@ from utils import cli
 flags.DEFINE_string("source", "", "A folder or .zip of pictures, or a TFDS folder or name.")
 flags.DEFINE_string("out", "", "The folder to write.")
 flags.DEFINE_string(
-    "autoencoder", "stabilityai/sd-vae-ft-mse", "A folder, a name on the hub, or none."
+    "autoencoder",
+    "stabilityai/sd-vae-ft-mse",
+    "A folder with diffusers' config.json and .safetensors (or TAESD's own pair of files), a name "
+    "on the hub, or none, which keeps pictures.",
 )
 flags.DEFINE_enum(
     "dataset_name",
@@ -55,7 +58,7 @@ flags.DEFINE_string(
     "",
     "I/N: makes the shards k with k % N = I; each of N hosts or processes needs its own.",
 )
-flags.DEFINE_integer("num", 0, "Takes only the first so many pictures; 0: all.")
+flags.DEFINE_integer("num", 0, "Only the first so many, of one class where sorted so; 0: all.")
 flags.DEFINE_boolean("skip_corrupt", False, "Leaves out pictures that cannot be read, and says so.")
 REPORT = flags.DEFINE_boolean("report", False, "Writes report.md and report.png into --out.")
 

@@ -200,9 +200,11 @@ def autoencoder_place(config: ConfigDict) -> str:
     copy = Path(config.data_dir).expanduser() / AUTOENCODER
     if config.autoencoder or copy.is_dir():
         return absolute(config.autoencoder or str(copy))
+    place = config.data_dir or "data_dir"
+    lost = "holds no copy of the autoencoder" if Path(place).is_dir() else "is not there any more"
     raise UserError(
-        f"{config.data_dir or 'data_dir'} holds no copy of the autoencoder: give "
-        "--autoencoder=FOLDER, or its name on the hub"
+        f"{place} {lost}: give --autoencoder=FOLDER, of the autoencoder or of the prepared data, "
+        "or its name on the hub"
     )
 
 

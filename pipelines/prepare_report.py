@@ -76,6 +76,8 @@ def write(plan: Plan) -> pathlib.Path:
 
 def _reopened(out: pathlib.Path, plan: Plan) -> Work:
     """The work that a folder's card describes, with the copy of the autoencoder."""
+    if not plan.out:
+        raise UserError("which folder? give --out=FOLDER")
     card = shards.read_card(out, complete=False)
     given = plan._asdict() if plan.source else card.source
     again = Plan(
@@ -200,7 +202,7 @@ def _text(
 ) -> str:
     text = f"# {out.name}\n\n" + _table(("what", ""), _facts(out, work, finished))
     if look.reconstructions is None:
-        text += "\nPictures of it, as stored:\n\n![](report.png)\n"
+        text += "\nPictures of the source, cropped as they are stored:\n\n![](report.png)\n"
     else:
         text += (
             f"\nOriginals, and to the right of each what the autoencoder gives back, "

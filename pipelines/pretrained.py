@@ -165,6 +165,8 @@ def _find(name: str) -> _Files:
     folder = path if path.is_dir() else _download(name)
     if not (folder / CONFIG).is_file() and (folder / "vae" / CONFIG).is_file():
         folder /= "vae"  # of a whole pipeline
+    if not (folder / CONFIG).is_file() and (folder / "autoencoder").is_dir():
+        folder /= "autoencoder"  # of prepared data, or of an exported model of ours
     if (folder / CONFIG).is_file():
         for weights in WEIGHTS:
             if (folder / weights).is_file():

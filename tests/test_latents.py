@@ -159,8 +159,8 @@ def test_another_decoder_is_an_argument_and_not_a_constant(place):
 
 
 MISTAKES = [
-    ({"data_dir": "pictures"}, r"holds no latents: write them with prepare_data.py"),
-    ({"data_dir": ""}, r"folder holds no latents: write them with prepare_data.py"),
+    ({"data_dir": "pictures"}, r"pictures holds no latents: write latents with prepare_data.py"),
+    ({"data_dir": ""}, r"no --data_dir given: write latents with prepare_data.py"),
     ({"data_dir": "pixels"}, r"holds pictures, not latents: train with --use_stable_vae=0"),
     ({"use_stable_vae": 0}, r"an autoencoder's moments, not pictures: .* --use_stable_vae=1"),
     ({"dataset_name": "imagenet256"}, r"prepared with --dataset_name=folder, which decides"),

@@ -357,7 +357,7 @@ def test_mistakes_are_told_in_a_line(plan, change, told):
 
 def test_a_folder_with_something_else_is_not_written_to(plan, pictures):
     assert "holds something else" in complaint(prepare.prepare, plan._replace(out=str(pictures)))
-    assert "was not written by prepare_data.py" in complaint(
+    assert "has no card.json: give a folder that prepare_data.py" in complaint(
         prepare_report.write, Plan("", str(pictures), "none")
     )
 

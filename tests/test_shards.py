@@ -141,7 +141,8 @@ def complaint(call, *args) -> str:
 
 
 def test_a_wrong_folder_is_told(tmp_path):
-    assert "was not written by prepare_data.py" in complaint(shards.read_card, tmp_path)
+    assert "has no card.json: give a folder that" in complaint(shards.read_card, tmp_path)
+    assert "is not there: give" in complaint(shards.read_card, tmp_path / "nowhere")
     (tmp_path / "card.json").write_text('{"format": 2}')
     assert "is of another format" in complaint(shards.read_card, tmp_path)
     for text in ("{", "[]", '{"format": 1}', '{"format": 1, "colour": "red"}', "{}"):

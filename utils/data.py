@@ -334,10 +334,10 @@ def _latents(config: ConfigDict) -> Dataset:
       UserError: data_dir holds none, or others.
     """
     if not config.data_dir or not shards.is_prepared(config.data_dir):
+        lacks = f"{config.data_dir} holds no latents" if config.data_dir else "no --data_dir given"
         raise UserError(
-            f"{config.data_dir or config.dataset_name} holds no latents: write them with "
-            "prepare_data.py --source=... --autoencoder=... --out=FOLDER and give "
-            "--data_dir=FOLDER, or train on pixels with --use_stable_vae=0"
+            f"{lacks}: write latents with prepare_data.py --source=... --autoencoder=... "
+            "--out=FOLDER and give --data_dir=FOLDER, or train on pixels with --use_stable_vae=0"
         )
     source = shards.MomentsSource(config.data_dir)
     card = source.card

@@ -131,18 +131,24 @@ def read_card(folder: str | os.PathLike, complete: bool = True) -> Card:
     path = pathlib.Path(folder).expanduser() / "card.json"
     try:
         fields: dict[str, Any] = json.loads(path.read_text())
-        if fields.pop("format") != FORMAT:
+        if fields.pop("format", FORMAT) != FORMAT:
             raise UserError(f"{path} is of another format: prepare the data anew into a new folder")
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         card = Card(**fields)
     except FileNotFoundError as error:
-        raise UserError(f"{folder} was not written by prepare_data.py: no {path.name}") from error
+        lacks = f"has no {path.name}" if path.parent.is_dir() else "is not there"
+        raise UserError(
+            f"{folder} {lacks}: give a folder that prepare_data.py --out=FOLDER wrote"
+        ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is no card of prepare_data.py: {error}") from error
+        raise UserError(
+            f"{path} is no card of prepare_data.py ({error}): give a folder that it wrote"
+        ) from error
     if complete and not card.complete:
         there = card.shards - len(missing_shards(path.parent, card))
         raise UserError(
-            f"{folder} is unfinished: {there} of {card.shards} shards are there: {AGAIN}"
+            f"{folder} is unfinished: {there} of {card.shards} shards are there: {AGAIN}, "
+            "without --share or with each share"
         )
     return card
 

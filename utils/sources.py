@@ -158,7 +158,13 @@ class PictureSource:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict:
-        picture, label = self.pictures.picture(int(self.indices[index]))
+        try:
+            picture, label = self.pictures.picture(int(self.indices[index]))
+        except CorruptPicture as error:
+            raise CorruptPicture(
+                f"{error}: remove it, or leave it out with prepare_data.py --autoencoder=none "
+                "--skip_corrupt and train on what that writes"
+            ) from error
         return {"x": np.asarray(centre_crop(picture, self.size)), "label": label}
 
     def gather(
