@@ -37,7 +37,7 @@ from utils.log import progress
 from utils.pictures import open_pictures
 from utils.sharding import batch_sharding, make_mesh, replicated
 from utils.shards import Card
-from utils.sources import CorruptPicture, Pictures, centre_crop
+from utils.sources import CorruptPicture, Pictures, centre_crop, decode
 
 PACKAGES = ("jax", "flax", "numpy", "pillow", "array_record")  # whose versions the card tells
 _AHEAD = 2  # batches that are read and decoded while one is encoded
@@ -383,11 +383,10 @@ def _decoded(pictures: Pictures, size: int, number: int) -> _Item:
 
 def _cropped(pictures: Pictures, size: int, number: int) -> _Item:
     """The source's own bytes where the crop changes nothing, else PNG, which loses nothing."""
-    picture, label = pictures.picture(number)
-    if picture.size == (size, size):
-        encoded = pictures.read(number)[0]
-        if Image.open(io.BytesIO(encoded)).mode in ("RGB", "L"):
-            return _Item(number, label, encoded)
+    encoded, label = pictures.read(number)
+    picture = decode(encoded, f"{pictures.where}/{pictures.name(number)}")
+    if picture.size == (size, size) and Image.open(io.BytesIO(encoded)).mode in ("RGB", "L"):
+        return _Item(number, label, encoded)
     file = io.BytesIO()
     centre_crop(picture, size).save(file, format="png")
     return _Item(number, label, file.getvalue())

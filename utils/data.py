@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from utils import shards, tfds
 from utils.cli import UserError
 from utils.pictures import open_pictures
-from utils.sources import ArraySource, Pictures, PictureSource, Source, fingerprint
+from utils.sources import ArraySource, Pictures, PictureSource, Source, check_size, fingerprint
 from utils.toys import TOYS
 
 _ORDER, _FLIP = 1, 2  # set the random streams of one seed apart
@@ -343,11 +343,7 @@ def _latents(config: ConfigDict) -> Dataset:
     card = source.card
     shards.check_name(config.data_dir, card, config.dataset_name)
     size = card.image_size
-    if config.image_size not in (0, size):
-        raise UserError(
-            f"{config.data_dir} was prepared at {size} pixels, not {config.image_size}: "
-            f"give --image_size={size}, or prepare it again"
-        )
+    check_size(config.data_dir, size, config.image_size or size)
     held = _held(source.keys, config.holdout)
     pictures = _fingerprint(card.source_fingerprint, source.keys, size, config.holdout)
     origin = {

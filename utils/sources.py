@@ -78,11 +78,8 @@ class Pictures(NamedTuple):
 
     def check_size(self, size: int) -> None:
         """Raises UserError where they are cropped to another size already."""
-        if self.size not in (0, size):
-            raise UserError(
-                f"{self.where} was prepared at {self.size} pixels, not {size}: "
-                f"give --image_size={self.size}, or prepare it again"
-            )
+        if self.size:
+            check_size(self.where, self.size, size)
 
     def picture(self, index: int) -> tuple[Image.Image, int]:
         """Picture `index` in RGB, of any size, and its label.
@@ -93,6 +90,15 @@ class Pictures(NamedTuple):
         """
         encoded, label = self.read(index)
         return decode(encoded, f"{self.where}/{self.name(index)}"), label
+
+
+def check_size(where: str, prepared: int, asked: int) -> None:
+    """Raises UserError where what was prepared at one size is asked for at another."""
+    if prepared != asked:
+        raise UserError(
+            f"{where} was prepared at {prepared} pixels, not {asked}: "
+            f"give --image_size={prepared}, or prepare it again"
+        )
 
 
 class CorruptPicture(UserError):
