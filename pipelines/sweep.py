@@ -15,7 +15,7 @@ import numpy as np
 
 from pipelines import features
 from pipelines.flow import FlowPipeline
-from utils import data, fid
+from utils import data, distances, fid
 from utils.cli import UserError
 from utils.log import progress
 
@@ -377,8 +377,8 @@ def _nearest_means(dataset: data.Dataset, sets: Sequence[np.ndarray]) -> list[fl
     together = np.concatenate(sets)
     best = np.full(len(together), np.inf)
     with progress(0, len(dataset.train), "picture", "nearest training pictures") as bar:
-        for chunk in data.chunks(dataset.train, fid.CHUNK):
-            best = np.minimum(best, fid.nearest_distances(together, chunk["x"]))
+        for chunk in data.chunks(dataset.train, distances.CHUNK):
+            best = np.minimum(best, distances.nearest_distances(together, chunk["x"]))
             bar.update(len(chunk["x"]))
     parts = np.split(best, np.cumsum([len(s) for s in sets])[:-1])
     return [float(part.mean()) if len(part) else float("nan") for part in parts]
@@ -395,14 +395,14 @@ def _points(group: Group) -> Section:
         "reference": f"as many held-out points of {group.dataset.name}",
         "num_samples": n,
     }
-    how = f"; root of the mean over {fid.PROJECTIONS} directions of the squared W₂ along each"
+    how = f"; root of the mean over {distances.PROJECTIONS} directions of the squared W₂ along each"
     protocol, rows = _how_drawn(group.dataset) + how, []
     for cell, batches in _table_samples(group):
         samples[cell] = np.concatenate(list(batches))
-        value = fid.sliced_wasserstein(samples[cell], target, seed=group.plan.seed)
+        value = distances.sliced_wasserstein(samples[cell], target, seed=group.plan.seed)
         rows.append(_cell_row(group, cell, **facts, protocol=protocol, value=value))
     draws = [_training_points(group, k) for k in range(REPEATS)]
-    values = [fid.sliced_wasserstein(draw, target, seed=group.plan.seed) for draw in draws]
+    values = [distances.sliced_wasserstein(draw, target, seed=group.plan.seed) for draw in draws]
     value, drawn = _mean_of_draws(values, "draws without replacement")
     real = _real_row(group, "training points", **facts, protocol=drawn + how, value=value)
     return Section(group, [*rows, real], samples)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipelines.flow import FlowPipeline
-from utils import data, fid
+from utils import data, distances
 
 FOLDER = pathlib.Path(__file__).parents[1] / "pretrained"
 
@@ -24,10 +24,10 @@ def test_they_draw_digits(name):
     train, held = data.arrays(dataset.train)["x"], data.arrays(dataset.heldout)["x"]
     steps = 1 if name.endswith("mean_flow") else 16
     pictures = pipeline(np.arange(100) % 10, steps=steps)
-    near, held_near = (fid.nearest_distances(x, train).mean() for x in (pictures, held))
+    near, held_near = (distances.nearest_distances(x, train).mean() for x in (pictures, held))
     assert near < 1.25 * held_near
     noise = np.random.default_rng(0).integers(0, 256, pictures.shape, dtype=np.uint8)
-    assert fid.nearest_distances(noise, train).mean() > 2 * held_near
+    assert distances.nearest_distances(noise, train).mean() > 2 * held_near
 
 
 @pytest.mark.parametrize("name", ["digits_flow_matching", "digits_mean_flow"])
