@@ -64,7 +64,7 @@ def guided_velocity(
 ) -> Callable:
     """Returns the velocity u(∅) + scale · (u(c) − u(∅)) (arXiv 2207.12598), scalar times.
 
-    Guided at the steps that start at t within `interval` (arXiv 2404.07724); elsewhere, and at
+    Guided where it is called at a t within `interval` (arXiv 2404.07724); elsewhere, and at
     scale 1 everywhere, it is u(c) from a single call.
     """
 
@@ -83,10 +83,14 @@ def guided_velocity(
     return lambda z, r, t: jax.lax.cond(_inside(t, interval), guided, plain, z, r, t)
 
 
-def network_calls(grid, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> int:
-    """Counts the network calls per sample (NFE) along `grid`: two at each guided step, else one."""
-    guided = 0 if scale == 1 else sum(bool(_inside(t, interval)) for t in grid[:-1])
-    return len(grid) - 1 + guided
+def network_calls(times, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> int:
+    """Counts the network calls per sample (NFE) of a velocity called at `times`: two where guided.
+
+    Args:
+      times: (calls,), `Sampler.times` of the grid.
+    """
+    guided = 0 if scale == 1 else sum(bool(_inside(t, interval)) for t in times)
+    return len(times) + guided
 
 
 def _inside(t, interval):

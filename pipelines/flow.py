@@ -21,16 +21,17 @@ from ml_collections import ConfigDict
 
 from configs import base
 from flows.guidance import guided_velocity, network_calls
-from flows.samplers import instantaneous, sample, uniform_grid
+from flows.samplers import SAMPLERS, uniform_grid
 from models.autoencoder import Autoencoder
 from pipelines import build
 from pipelines.pretrained import copy_autoencoder
 from utils.checkpoint import Checkpoints
 from utils.cli import UserError, flatten
-from utils.sharding import batch_sharding, make_mesh, replicated
+from utils.sharding import batch_sharding, fetch, make_mesh, replicated
 from utils.train import SAMPLING, stream
 
 WEIGHTS = "model.safetensors"
+NO_EMA = "none"  # asks for the parameters themselves, not for an average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +73,34 @@ class FlowPipeline:
         if autoencoder is None:
             autoencoder = build.autoencoder(config, shape, card.get("autoencoder", ""))
         network = build.network(config, shape, card["num_classes"])
-        sampler = make_sampler(network, shape, averages=config.objective == "mean_flow")
-        return cls(config, card, network, autoencoder, sampler, params)
+        return cls(config, card, network, autoencoder, make_sampler(network, shape), params)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, autoencoder: str = "") -> "FlowPipeline":
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        autoencoder: str = "",
+        *,
+        step: int | None = None,
+        ema: str = "",
+    ) -> "FlowPipeline":
         """Loads a run's workdir, or a folder that `save_pretrained` wrote.
 
         Args:
           autoencoder: folder or hub name, for a run on latents; empty: the copy in `path`, or where
             the run had it from.
+          step, ema: as `load` takes them.
         Raises:
           UserError: no such folder, no weights in it, or weights of another network.
+        """
+        return cls.describe(path, autoencoder).load(path, step=step, ema=ema)
+
+    @classmethod
+    def describe(cls, path: str | os.PathLike, autoencoder: str = "") -> "FlowPipeline":
+        """What `from_pretrained` gives, without parameters: they are not read yet.
+
+        Raises:
+          UserError: no such folder, or one that holds no whole run.
         """
         path = pathlib.Path(path)
         config, card = read_config(path / "config.json"), read_json(path / "card.json")
@@ -91,20 +108,31 @@ class FlowPipeline:
             raise UserError(f"{path} holds no whole run: its config.json or card.json lacks keys")
         copy = path / build.AUTOENCODER
         config.autoencoder = autoencoder or (str(copy) if copy.is_dir() else config.autoencoder)
-        pipeline = cls.build(config, card)
-        abstract = jax.eval_shape(pipeline.network.init, jax.random.key(0))
+        return cls.build(config, card)
+
+    def load(
+        self, path: str | os.PathLike, *, step: int | None = None, ema: str = ""
+    ) -> "FlowPipeline":
+        """The same pipeline around the parameters in `path`; nothing is compiled again.
+
+        Args:
+          step: of the checkpoint; None: the newest.
+          ema: the decay of the averaged parameters, as "0.9999"; empty: the run's own; NO_EMA: the
+            parameters themselves. A folder that `save_pretrained` wrote holds one step and one
+            average.
+        Raises:
+          UserError: there is nothing of the kind, or it is of another network.
+        """
+        path = pathlib.Path(path)
+        abstract = jax.eval_shape(self.network.init, jax.random.key(0))
         if (path / WEIGHTS).exists():
-            return dataclasses.replace(pipeline, params=_read_weights(path / WEIGHTS, abstract))
-        if not (path / "checkpoints").is_dir():
-            raise UserError(
-                f"{path} holds no checkpoint yet: train it first, or name another folder"
-            )
-        with Checkpoints(path) as checkpoints:
-            if checkpoints.latest is None:
-                raise UserError(f"{path} holds no checkpoint yet: train it until its first save")
-            params, step = _read_ema(checkpoints, config, abstract), checkpoints.latest
-        card = card | trained_card(config, card, step)
-        return dataclasses.replace(pipeline, params=params, card=card)
+            check_exported(path, self.card, step, ema)
+            return dataclasses.replace(self, params=_read_weights(path / WEIGHTS, abstract))
+        with saved_checkpoints(path) as checkpoints:
+            step = checkpoints.latest if step is None else step
+            params = _read_parameters(checkpoints, self.config, abstract, step, ema)
+        card = self.card | trained_card(self.config, self.card, step)
+        return dataclasses.replace(self, params=params, card=card)
 
     def save_pretrained(self, path: str | os.PathLike, dtype: str = "float32") -> None:
         """Writes the folder that `from_pretrained` reads; float16 halves its size.
@@ -136,28 +164,49 @@ class FlowPipeline:
         """The number of classes; 0 for none."""
         return self.card["num_classes"]
 
-    def __call__(
+    @property
+    def averages(self) -> bool:
+        """Whether the network was taught average velocities, over [r, t]."""
+        return self.config.objective == "mean_flow"
+
+    def __call__(self, labels: np.ndarray, **options: Any) -> np.ndarray:
+        """Returns n pictures uint8 (n, height, width, channels), or points float32 (n, 2).
+
+        Args and errors are those of `draw`; every process gets all samples.
+        """
+        samples, finite = fetch(self.draw(labels, **options))
+        check_finite(finite[: len(labels)])
+        return samples[: len(labels)]
+
+    def draw(
         self,
         labels: np.ndarray,
         *,
         steps: int = 1,
+        sampler: str = "",
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
         indices: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Returns n pictures uint8 (n, height, width, channels), or points float32 (n, 2).
+    ) -> tuple[Array, Array]:
+        """Returns samples over the devices, and which are finite, bool; both may still be computed.
+
+        Both are padded to a multiple of the number of devices: what comes after len(labels) is to
+        be left out.
 
         Args:
           labels: (n,) int32; num_classes for none.
           steps: steps of the sampler from t = 1 to t = 0.
+          sampler: of SAMPLERS; empty: meanflow for a network of average velocities, else euler.
           guidance: scale of classifier-free guidance; 1 for none.
+          guidance_interval: the times t at which it is used.
           indices: (n,) image numbers, default 0 … n − 1. The noise of a picture is a function of
             (seed, its number): neither batches nor devices change it.
         Raises:
-          UserError: steps below 1, or guidance of a network without labels.
+          UserError: steps below 1, an unknown sampler or one that the network cannot serve, or
+            guidance of a network without labels.
         """
-        self._check(steps, guidance)
+        sampler = self.check(steps, sampler, guidance)
         n = len(labels)
         indices = np.arange(n) if indices is None else indices
         mesh = make_mesh()
@@ -168,50 +217,69 @@ class FlowPipeline:
         )
         params, codec = jax.device_put((self.params, self.autoencoder), replicated(mesh))
         interval = tuple(guidance_interval)
-        pictures = self.sampler(params, codec, label, index, seed, steps, guidance, interval)
-        return np.asarray(jax.device_get(pictures))[:n]
+        return self.sampler(params, codec, label, index, seed, steps, sampler, guidance, interval)
 
     def network_calls(
         self,
         steps: int,
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        sampler: str = "",
     ) -> int:
         """The number of function evaluations (NFE) per sample."""
-        return network_calls(np.asarray(uniform_grid(steps)), guidance, guidance_interval)
+        times = SAMPLERS[self.check(steps, sampler, guidance)].times(uniform_grid(steps))
+        return network_calls(np.asarray(times), guidance, guidance_interval)
 
     def with_params(self, params: Any) -> "FlowPipeline":
         """The same pipeline around other parameters; nothing is compiled again."""
         return dataclasses.replace(self, params=params)
 
-    def _check(self, steps: int, guidance: float) -> None:
+    def check(self, steps: int, sampler: str, guidance: float) -> str:
+        """The sampler's name, with the default filled in.
+
+        Raises:
+          UserError: as `draw`.
+        """
+        sampler = sampler or ("meanflow" if self.averages else "euler")
         if steps < 1:
             raise UserError(f"steps={steps}: at least 1")
+        if sampler not in SAMPLERS:
+            raise UserError(f"no sampler {sampler!r}: there are {', '.join(SAMPLERS)}")
+        if sampler == "meanflow" and not self.averages:
+            raise UserError(
+                "sampler meanflow needs average velocities, which flow matching does not teach: "
+                "use euler or heun"
+            )
         if guidance != 1 and self.num_classes == 0:
             raise UserError(f"guidance={guidance}: this network knows no labels, use 1")
+        return sampler
 
 
-def make_sampler(
-    network: build.Network, shape: tuple[int, ...], *, averages: bool
-) -> Callable[..., Array]:
-    """Returns the jitted (params, autoencoder, label, index, seed, steps, guidance, interval) →
-    pictures.
-
-    Args:
-      averages: the network knows average velocities (MeanFlow) and is asked for u(z, r, t); else it
-        is asked for u(z, t, t), the velocity of the flow.
+def make_sampler(network: build.Network, shape: tuple[int, ...]) -> Callable[..., Any]:
+    """Returns the jitted (params, autoencoder, label, index, seed, steps, sampler, guidance,
+    interval) → (pictures, which of them are finite, bool (n,)).
     """
 
-    def run(params, autoencoder, label, index, seed, steps, guidance, interval):
+    def run(params, autoencoder, label, index, seed, steps, sampler, guidance, interval):
         keys = jax.vmap(lambda i: jax.random.fold_in(stream(seed, SAMPLING), i))(index)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
         velocity = guided_velocity(
             network.apply, params, label, network.null_label, guidance, interval
         )
-        velocity = velocity if averages else instantaneous(velocity)
-        return autoencoder.decode(sample(velocity, noise, uniform_grid(steps)))
+        x = SAMPLERS[sampler].run(velocity, noise, uniform_grid(steps))
+        finite = jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+        return autoencoder.decode(x), finite
 
-    return jax.jit(run, static_argnums=(5, 6, 7))
+    return jax.jit(run, static_argnums=(5, 6, 7, 8))
+
+
+def check_finite(finite: np.ndarray) -> None:
+    """Raises UserError where some samples, bool (n,), are not finite."""
+    if not finite.all():
+        raise UserError(
+            f"{(~finite).sum()} of {len(finite)} samples are not finite: its training diverged; "
+            "take an earlier checkpoint, or compute in float32 (model.dtype in its config.json)"
+        )
 
 
 def trained_card(config: ConfigDict, card: dict[str, Any], step: int) -> dict[str, Any]:
@@ -268,15 +336,46 @@ def write_json(path: pathlib.Path, value: dict) -> None:
         part.replace(path)
 
 
-def _read_ema(checkpoints: Checkpoints, config: ConfigDict, abstract: Any) -> Any:
-    """The averaged parameters of the newest checkpoint, on this process's devices."""
-    here = replicated(make_mesh())
-    ema = {
-        str(config.ema.decay): jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), abstract
+def saved_checkpoints(path: pathlib.Path) -> Checkpoints:
+    """The checkpoints of a run, at least one.
+
+    Raises:
+      UserError: there is none.
+    """
+    if not (path / "checkpoints").is_dir():
+        raise UserError(f"{path} holds no checkpoint yet: train it first, or name another folder")
+    checkpoints = Checkpoints(path)
+    if checkpoints.latest is None:
+        raise UserError(f"{path} holds no checkpoint yet: train it until its first save")
+    return checkpoints
+
+
+def check_exported(path: pathlib.Path, card: dict[str, Any], step: int | None, ema: str) -> None:
+    """Raises UserError where an exported model is asked for a step or average it has not."""
+    if step not in (None, card.get("train_steps")) or ema:
+        raise UserError(
+            f"{path} was exported: it holds one step, {card.get('train_steps')}, and one average; "
+            "leave --checkpoint and --ema out, or name the run it was exported from"
         )
-    }
-    return next(iter(checkpoints.restore({"ema": ema})["ema"].values()))
+
+
+def _read_parameters(
+    checkpoints: Checkpoints, config: ConfigDict, abstract: Any, step: int, ema: str
+) -> Any:
+    """Averaged parameters, or the parameters themselves, on this process's devices."""
+    if step not in checkpoints.steps:
+        there = ", ".join(map(str, checkpoints.steps))
+        raise UserError(f"{checkpoints.path} has no step {step}: there are {there}")
+    here = replicated(make_mesh())
+    wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), abstract)
+    if ema == NO_EMA:
+        return checkpoints.restore({"train": {"params": wanted}}, step)["train"]["params"]
+    name = str(config.ema.decay)
+    if ema not in ("", name):
+        raise UserError(
+            f"{checkpoints.path} holds no average of decay {ema}: there are {name} and {NO_EMA}"
+        )
+    return checkpoints.restore({"ema": {name: wanted}}, step)["ema"][name]
 
 
 def _read_weights(path: pathlib.Path, abstract: Any) -> Any:

@@ -249,7 +249,7 @@ def test_sampling_guidance_and_its_count_of_calls():
     inside, outside = (guided(z, jnp.asarray(t - 0.1), jnp.asarray(t)) for t in (0.75, 0.25))
     np.testing.assert_allclose(inside[:, 0], [4 + 2 * (2 - 4), 4 + 2 * (1 - 4)])
     np.testing.assert_allclose(outside[:, 0], [2, 1])
-    grid = np.linspace(1, 0, 5)  # steps start at 1, .75, .5, .25
-    assert network_calls(grid, 1.0) == 4
-    assert network_calls(grid, 2.0) == 8
-    assert network_calls(grid, 2.0, (0.5, 1.0)) == 7
+    times = np.array([1, 0.75, 0.5, 0.25])
+    assert network_calls(times, 1.0) == 4
+    assert network_calls(times, 2.0) == 8
+    assert network_calls(times, 2.0, (0.5, 1.0)) == 7

@@ -68,6 +68,9 @@ def test_guidance_changes_pictures_and_its_calls_are_counted():
     assert pipeline().network_calls(8) == 8
     assert pipeline().network_calls(8, 4.0) == 16
     assert pipeline().network_calls(8, 4.0, (0.5, 1.0)) == 13
+    assert (
+        pipeline().network_calls(8, 4.0, (0.5, 1.0), "heun") == 16 + 5 + 4
+    )  # 4 ends at 0.5 or above
 
 
 @pytest.mark.parametrize(("dtype", "apart"), [("float32", 0), ("float16", 3)])
@@ -110,8 +113,18 @@ def test_a_folder_that_cannot_serve_says_why(tmp_path):
         FlowPipeline.from_pretrained(tmp_path)
 
 
+def test_samples_that_are_not_finite_are_no_pictures():
+    params = jax.tree.map(lambda a: a * jax.numpy.nan, pipeline().params)
+    with pytest.raises(UserError, match="13 of 13 samples are not finite"):
+        pipeline().with_params(params)(LABELS)
+
+
 def test_bad_calls_say_so():
     with pytest.raises(UserError, match="steps=0: at least 1"):
         pipeline()(LABELS, steps=0)
+    with pytest.raises(UserError, match="no sampler 'eulr': there are meanflow, euler, heun"):
+        pipeline()(LABELS, sampler="eulr")
+    with pytest.raises(UserError, match="needs average velocities"):
+        pipeline("flow_matching")(LABELS, sampler="meanflow")
     with pytest.raises(UserError, match="knows no labels"):
         pipeline(classes=0)(LABELS, guidance=2.0)

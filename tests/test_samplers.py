@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flows.consistency import self_consistency
-from flows.samplers import instantaneous, sample, uniform_grid
+from flows.samplers import SAMPLERS, euler, heun, instantaneous, sample, uniform_grid
 from tests import gaussian
 
 NOISE = jnp.linspace(-3.0, 3.0, 31)[:, None]
@@ -25,14 +25,17 @@ def test_average_velocity_is_exact_on_an_uneven_grid():
     np.testing.assert_allclose(x, gaussian.SIGMA * NOISE, atol=2e-6)
 
 
-def test_euler_converges_with_order_one():
-    steps = np.array([16, 32, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("method", "steps", "order"),
+    [(euler, [16, 32, 64, 128, 256], 1), (heun, [16, 24, 32, 48, 64], 2)],
+)
+def test_order_of_convergence(method, steps, order):
     errors = [
-        np.abs(sample(gaussian.velocity, NOISE, uniform_grid(n)) - gaussian.SIGMA * NOISE).max()
+        np.abs(method(gaussian.velocity, NOISE, uniform_grid(n)) - gaussian.SIGMA * NOISE).max()
         for n in steps
     ]
-    order = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
-    assert 0.95 < order < 1.05
+    found = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert abs(found - order) < 0.05 * order
 
 
 def test_euler_is_the_average_velocity_bound_at_r_equal_t():
@@ -43,19 +46,34 @@ def test_euler_is_the_average_velocity_bound_at_r_equal_t():
     assert np.abs(euler - sample(gaussian.average_velocity, NOISE, grid)).max() > 0.01
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
-def test_every_step_calls_the_network_once(steps):
+def calls_of(method, grid) -> list[tuple[float, float]]:
+    """The (r, t) of all calls of the velocity, from the latest t on."""
     calls = []
 
     def velocity(z, r, t):
         jax.debug.callback(lambda r, t: calls.append((float(r), float(t))), r, t)
         return z
 
-    sample(velocity, NOISE, uniform_grid(steps)).block_until_ready()
+    method(velocity, NOISE, grid).block_until_ready()
     jax.effects_barrier()
+    return sorted(calls, reverse=True)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_every_step_calls_the_network_once(steps):
     grid = np.linspace(1, 0, steps + 1)
     expected = [(r, t) for t, r in itertools.pairwise(grid)]
-    np.testing.assert_allclose(sorted(calls, reverse=True), expected, atol=1e-6)
+    np.testing.assert_allclose(calls_of(sample, uniform_grid(steps)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_times_of_a_sampler_are_those_it_calls_the_velocity_at(name, steps):
+    method, times = SAMPLERS[name]
+    grid = uniform_grid(steps)
+    called = [t for _, t in calls_of(method, grid)]
+    np.testing.assert_allclose(sorted(called), np.sort(times(grid)), atol=1e-6)
+    assert len(called) == steps * (2 if name == "heun" else 1)
 
 
 def test_every_step_count_gives_another_result():

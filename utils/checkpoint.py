@@ -40,6 +40,11 @@ class Checkpoints:
         """The newest step saved, or None."""
         return self._orbax.latest.step if self._orbax.latest else None
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """All steps saved, oldest first."""
+        return tuple(sorted(saved.step for saved in self._orbax.checkpoints))
+
     def save(self, step: int, parts: dict[str, Any], **metadata: Any) -> None:
         """Saves in the background; the arrays may be used up as soon as this returns."""
         if step != self.latest:
@@ -49,16 +54,25 @@ class Checkpoints:
         """Returns the named parts of `step` (default: the newest).
 
         Args:
-          parts: {name: tree of `jax.ShapeDtypeStruct`}, whose shardings say where arrays go.
+          parts: {name: tree of `jax.ShapeDtypeStruct`}, whose shardings say where arrays go. A part
+            may be given by some of its entries: the others are not read.
         Raises:
           UserError: there is no such checkpoint, or it is damaged or of another network.
         """
         step = self.latest if step is None else step
         try:
-            return self._orbax.load_checkpointables(step, parts)
+            with _some_entries():
+                return self._orbax.load_checkpointables(step, parts)
         except Exception as error:  # orbax raises many kinds for a damaged folder
             reason = str(error).partition("\n")[0][:200] or type(error).__name__
             raise UserError(
                 f"checkpoint {self.path / str(step)} cannot be read ({reason}): "
                 "if it is damaged, move that folder away to go back to the checkpoint before it"
             ) from error
+
+
+def _some_entries() -> ocp.Context:
+    """Lets a part be read by some of its entries."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    return context

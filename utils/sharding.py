@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from utils.cli import UserError
@@ -76,3 +77,17 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Joins the hosts' local batches into arrays over the whole mesh."""
     place = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(place, v) for k, v in batch.items()}
+
+
+def fetch(tree: Any) -> Any:
+    """The arrays as numpy, whole, on every process; all processes call it alike."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def agreed(value: bool) -> bool:
+    """What process 0 says, on every process; all processes call it alike."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
