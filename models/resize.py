@@ -2,7 +2,7 @@
 
 What a picture is resized with moves a FID by more than most papers differ (Parmar et al. 2022,
 arXiv 2104.11222), so none of these is exchanged for a "better" one. All are separable: products
-with one matrix of weights along the rows and one down the columns, for sides below and above the input's.
+with a matrix of weights along the rows and one down the columns, up and down alike.
 
 Each takes uint8 or float pictures (n, H, W, C), 0…255, of any H, W and C, and gives float32
 (n, side, side, C) in 0…255, computed in float32 also where products are usually rounded (TPUs).
