@@ -83,7 +83,7 @@ class Claims:
         seen = _read(_path(self.folder, name, latest)) if latest is not None else None
         if seen is None or self._is_dead(seen):
             return ""
-        return f"{seen.owner['host']}:{seen.owner['pid']}" if seen.owner else "unknown"
+        return f"{seen.owner.host}:{seen.owner.pid}" if seen.owner else "unknown"
 
     def _acquire(self, name: str) -> "Claim | None":
         """A claim that nobody else has; None where somebody has one."""
@@ -103,7 +103,7 @@ class Claims:
 
     def _is_dead(self, seen: "_Seen") -> bool:
         owner = seen.owner
-        if owner and owner["machine"] == _machine() and _has_ended(owner["pid"], owner["started"]):
+        if owner and owner.machine == _machine() and _has_ended(owner.pid, owner.started):
             return True
         return _now(self.folder) - seen.changed > self.expires
 
@@ -114,7 +114,7 @@ class Claim:
     def __init__(self, folder: pathlib.Path, name: str, generation: int) -> None:
         self.name, self._folder, self._generation = name, folder, generation
         self._path = _path(folder, name, generation)
-        self._token = secrets.token_hex(8)
+        self._owner = _this_process()
         self._released = threading.Event()
 
     def held(self) -> bool:
@@ -129,7 +129,7 @@ class Claim:
 
     def _is_there(self) -> bool:
         seen = _read(self._path)
-        return seen is not None and seen.token == self._token
+        return seen is not None and seen.owner == self._owner
 
     def _make(self) -> bool:
         """Makes the file; whether no rival had made it before."""
@@ -138,7 +138,7 @@ class Claim:
         except FileExistsError:
             return False
         try:
-            os.write(file, json.dumps(_this_process() | {"token": self._token}).encode())
+            os.write(file, json.dumps(self._owner._asdict()).encode())
         except OSError:  # a full disk: an empty claim would keep others away until it expires
             self._path.unlink(missing_ok=True)
             raise
@@ -155,7 +155,7 @@ class Claim:
         """
         if dead is not None:
             seen = _read(_path(self._folder, self.name, self._generation - 1))
-            if seen is None or seen.token != dead.token:
+            if seen is None or seen.owner != dead.owner:
                 self._remove()
                 return False
         generations = _generations(self._folder, self.name)
@@ -181,10 +181,19 @@ class Claim:
 # What lies in the folder.
 
 
+class _Owner(NamedTuple):
+    """The content of a claim's file, as JSON."""
+
+    host: str
+    pid: int
+    started: float  # seconds after boot
+    machine: str
+    token: str  # names this one claim
+
+
 class _Seen(NamedTuple):
     changed: float  # seconds, by the file system's clock
-    token: str  # which claim this is; '' while it is being written
-    owner: dict | None
+    owner: _Owner | None  # None while it is being written
 
 
 def _path(folder: pathlib.Path, name: str, generation: int) -> pathlib.Path:
@@ -214,10 +223,9 @@ def _read(path: pathlib.Path) -> _Seen | None:
     except FileNotFoundError:
         return None
     try:
-        owner = json.loads(content)
-        return _Seen(changed, owner["token"], owner)
-    except (ValueError, TypeError, KeyError):
-        return _Seen(changed, "", None)
+        return _Seen(changed, _Owner(**json.loads(content)))
+    except (ValueError, TypeError):
+        return _Seen(changed, None)
 
 
 def _now(folder: pathlib.Path) -> float:
@@ -230,14 +238,10 @@ def _now(folder: pathlib.Path) -> float:
 # Processes.
 
 
-def _this_process() -> dict:
-    process = psutil.Process()
-    return {
-        "host": socket.gethostname(),
-        "pid": process.pid,
-        "started": _started(process),
-        "machine": _machine(),
-    }
+def _this_process() -> _Owner:
+    """What a new claim of this process says."""
+    process, token = psutil.Process(), secrets.token_hex(8)
+    return _Owner(socket.gethostname(), process.pid, _started(process), _machine(), token)
 
 
 def _started(process: psutil.Process) -> float:
