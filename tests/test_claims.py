@@ -302,6 +302,13 @@ def test_a_lost_claim_is_neither_renewed_nor_removed(tmp_path):
     assert files(tmp_path) == ["job.claim.0"]
 
 
+def test_a_claim_is_lost_as_soon_as_a_later_one_is_there(tmp_path):
+    with Claims(tmp_path).take("job") as claim:
+        leave_dead(tmp_path, "job", generation=1)
+        assert not claim.held()
+    assert files(tmp_path) == ["job.claim.1"]
+
+
 def test_a_folder_that_is_gone_holds_nothing(tmp_path):
     folder = tmp_path / "folder"
     with Claims(folder).take("job") as claim:
