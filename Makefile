@@ -39,9 +39,12 @@ test: $(venv) ## all tests
 	$(py) -m pytest
 
 # On Linux torch comes with 3 GB of CUDA unless pip is told where its CPU builds are.
-oracles: $(venv) ## parity with torch implementations; installs torch and diffusers into .venv
+# torch-fidelity asks for torchvision, of which there is no CPU build everywhere; the tests do without.
+oracles: $(venv) ## parity with torch implementations; installs torch and others into .venv
 	@$(py) -c "import torch, diffusers" 2>/dev/null || $(py) -m pip install \
 	    --disable-pip-version-check -c requirements.txt -e ".[oracles]"
+	@$(py) -m pip show -q torch-fidelity 2>/dev/null || $(py) -m pip install \
+	    --disable-pip-version-check --no-deps torch-fidelity==0.4.0
 	$(py) -m pytest -n 0 tests/oracles
 
 lint: $(venv) ## ruff and mypy

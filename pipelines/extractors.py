@@ -314,9 +314,12 @@ def convert(source: pathlib.Path, to: pathlib.Path) -> None:
     if not named or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{source} is not a dict of tensors by name, as a state_dict is")
     arrays = {name: _array(tensor) for name, tensor in state.items()}
+    to.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(to, ".part")
     try:
-        safetensors.numpy.save_file(arrays, part)
+        part.write_bytes(
+            safetensors.numpy.save(arrays)
+        )  # save_file makes what only the owner reads
         part.replace(to)
     finally:
         part.unlink(missing_ok=True)

@@ -26,8 +26,10 @@ def main(_) -> None:
         raise cli.UserError(f"which file? --file=FILE.pth, Inception's from {extractors.URL}")
     source = pathlib.Path(FILE.value).expanduser()
     out = pathlib.Path(OUT.value or source.with_suffix(".safetensors")).expanduser()
-    if out.suffix != ".safetensors" or out.exists():
-        raise cli.UserError(f"--out={out} is there already, or does not end in .safetensors")
+    if out.suffix != ".safetensors":
+        raise cli.UserError(f"--out={out} should end in .safetensors")
+    if out.exists():
+        raise cli.UserError(f"{out} is there already: name another with --out, or remove it")
     extractors.convert(source, out)
     found = extractors.checksum(source)
     known = "the known" if found == extractors.SHA256 else "not the known"
