@@ -19,7 +19,7 @@ from utils import claims
 from utils.claims import Claims
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHORT = {"expires": 1.0, "beat": 0.2}  # seconds
+SHORT = {"expires": 2.0, "beat": 0.2}  # seconds
 
 HOLDER = """
 import sys
