@@ -8,7 +8,12 @@ import numpy as np
 from models import inception
 
 SIZES = ((32, 32), (64, 64), (256, 256), (299, 299), (300, 200), (512, 512))
-STORED_SIZES = ((32, 32), (300, 200))
+# Protocol → size of two pictures whose features are stored in tests/data, and which features.
+STORED = {
+    "tf": ((32, 32), ("pool", "spatial", "logits")),
+    "clean": ((300, 200), ("pool", "logits")),
+    "pytorch": ((64, 64), ("pool", "logits")),
+}
 
 
 def tensors(seed: int) -> dict[str, np.ndarray]:

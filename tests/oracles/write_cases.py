@@ -2,8 +2,9 @@
 
     .venv/bin/python -m tests.oracles.write_cases
 
-A case is one safetensors file: "picture", torch's outputs, "weights/NAME" by torch's names, and in
-its metadata the config.json (absent for the original TAESD's pair of files).
+A case is one safetensors file. Of an autoencoder: "picture", torch's outputs, "weights/NAME" by
+torch's names, and in its metadata the config.json (absent for the original TAESD's pair of files).
+Of Inception: "PROTOCOL/FEATURES", for weights and pictures that are made from seeds.
 """
 
 import pathlib
@@ -11,6 +12,8 @@ import pathlib
 import numpy as np
 import safetensors.numpy
 
+from tests import inception_case
+from tests.oracles import torch_inception
 from tests.oracles import torch_models as oracle
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
@@ -40,6 +43,18 @@ def main() -> None:
         path = DATA / f"autoencoder_{name}.safetensors"
         safetensors.numpy.save_file(arrays, path, metadata=config)
         print(f"{path.name}: {path.stat().st_size / 1e3:.0f} KB")
+    write_inception()
+
+
+def write_inception() -> None:
+    """Writes what torch-fidelity's Inception makes of a few pictures."""
+    network, arrays = torch_inception.Oracle(seed=1), {}
+    for protocol, (size, wanted) in inception_case.STORED.items():
+        features = network(inception_case.pictures(2, *size), protocol)
+        arrays |= {f"{protocol}/{name}": features[name] for name in wanted}
+    path = DATA / "inception.safetensors"
+    path.write_bytes(safetensors.numpy.save(arrays))
+    print(f"{path.name}: {path.stat().st_size / 1e3:.0f} KB")
 
 
 if __name__ == "__main__":
