@@ -161,5 +161,6 @@ def test_distances_order_faces_noisy_faces_and_other_pictures(shared, extract) -
     sets = (faces[:128], faces[128:], noisy, others)
     first, *rest = (FeatureStats.of(extract(pictures)["pool"]) for pictures in sets)
     same, noised, other = (frechet_distance(first, stats) for stats in rest)
-    # Measured: 71, 132 and 641. They fall with the number of pictures, the first the most.
+    # Measured: 71, 132 and 641. They fall with the number of pictures: halves of 1004 faces are 29
+    # apart, and 87 lie between those faces and the same with noise.
     assert 1.2 * same < noised < 0.5 * other
