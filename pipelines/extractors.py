@@ -300,12 +300,12 @@ def convert(source: pathlib.Path, to: pathlib.Path) -> None:
     Raises:
       UserError: no torch, no such file, or not a dict of tensors.
     """
+    if not source.is_file():
+        raise UserError(f"{source} does not exist: give the .pth, for example from {URL}")
     try:
         import torch
     except ImportError as error:
         raise UserError("a .pth is read with torch: pip install torch") from error
-    if not source.is_file():
-        raise UserError(f"{source} does not exist: give the .pth, for example from {URL}")
     try:
         state: Any = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # its own, of zipfile, of pickle

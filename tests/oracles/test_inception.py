@@ -76,6 +76,7 @@ def test_the_converter_keeps_every_tensor(tmp_path, shared):
     for name, array in tensors.items():
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], array)
+    assert "does not exist" in converted(tmp_path / "none.pth").stderr
     again = converted(source)
     assert again.returncode == 2 and "is there already" in again.stderr
 
