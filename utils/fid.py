@@ -393,7 +393,6 @@ def _blocks(x: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 def _forget(x: np.ndarray) -> None:
     """Gives pages of a file back that were read: they would count as resident until needed."""
-    pages = getattr(x, "_mmap", None)
     # Only where nothing can have been written: changes of a private map would be lost.
-    if pages is not None and x.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
-        pages.madvise(mmap.MADV_DONTNEED)
+    if isinstance(x, np.memmap) and x.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
+        x._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
