@@ -183,7 +183,7 @@ def bootstrap_deviation(
 def _resampled(x: np.ndarray, times: np.ndarray) -> FeatureStats:
     """Statistics of x (n, d) with row i counted times[i] times."""
     stats, start = FeatureStats.empty(x.shape[1]), 0
-    for rows in _blocks(x, BLOCK):
+    for rows in blocks(x, BLOCK):
         part = times[start : start + len(rows)]
         start += len(rows)
         drawn, weights = rows[part > 0].astype(np.float64), part[part > 0, None].astype(np.float64)
@@ -320,7 +320,7 @@ def precision_recall(x: np.ndarray, y: np.ndarray, neighbours: int = 3) -> tuple
 
 
 def _mean(y: np.ndarray) -> np.ndarray:
-    return (sum(rows.sum(0, dtype=np.float64) for rows in _blocks(y, BLOCK)) / len(y)).astype("f4")
+    return (sum(rows.sum(0, dtype=np.float64) for rows in blocks(y, BLOCK)) / len(y)).astype("f4")
 
 
 def _radii(x: np.ndarray, centre: np.ndarray, size: int, neighbours: int) -> np.ndarray:
@@ -339,7 +339,7 @@ def _padded(
 ) -> Iterator[tuple[int, np.ndarray | jax.Array]]:
     """Yields the first row's number and `size` centred rows, on the device; zeros at the end."""
     start = 0
-    for rows in _blocks(x, size):
+    for rows in blocks(x, size):
         full = np.zeros((size, x.shape[1]), np.float32)
         full[: len(rows)] = rows - centre
         yield start, jnp.asarray(full)
@@ -384,7 +384,7 @@ def _within(
 # Reading.
 
 
-def _blocks(x: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def blocks(x: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """Yields x (n, d) in blocks of rows, in order."""
     for start in range(0, len(x), size):
         yield np.asarray(x[start : start + size])
