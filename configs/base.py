@@ -48,6 +48,15 @@ def get_config() -> ConfigDict:
             "mesh": {"data": -1, "fsdp": 1},  # devices per axis; -1: all the rest
             # Pictures drawn during training.
             "sample": {"steps": (1, 32), "num": 64, "guidance": 1.0},
+            # A quick distance at every evaluation; num samples, 0: none. A few thousand say where a
+            # run goes, and are no result: eval_fid.py gives those.
+            "fid": {
+                "num": 0,
+                "steps": (1,),
+                "features": "inception",  # mobilenet, dinov2 or classifier
+                "weights": "",
+                "reference": "",  # pictures or statistics; "": the training split
+            },
             "wandb": {"mode": "disabled", "project": "flow", "name": ""},  # offline, online
             "tensorboard": False,
         }

@@ -79,6 +79,7 @@ class Extractor(NamedTuple):
     fingerprint: 12 hex digits of the weights, the name and the protocol.
     apply: uint8 pictures (n, H, W, 1 or 3) → {"pool": (n, d), …}, float32; grey is taken as RGB. A
       pytree, so that the weights are an argument of whatever is compiled around it.
+    widths: what it gives, and how many of each: {"pool": d, …}.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Extractor(NamedTuple):
     words: str
     fingerprint: str
     apply: jax.tree_util.Partial
+    widths: Mapping[str, int]
 
 
 def load(
@@ -120,7 +122,9 @@ def load(
     features = _Features(network, _PREPARE[name][protocol])
     apply = jax.tree_util.Partial(features, jax.tree.map(jnp.asarray, params))
     words = f"{_described(name, protocol, network)}, weights {digest}"
-    return Extractor(name, protocol, words, fingerprint, apply)
+    outputs = jax.eval_shape(apply, jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8))
+    widths = {part: leaf.shape[1] for part, leaf in outputs.items()}
+    return Extractor(name, protocol, words, fingerprint, apply, widths)
 
 
 _PREPARE: dict[str, dict[str, Callable]] = {

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ class FlowPipeline:
     card: dict[str, Any]
     network: build.Network
     autoencoder: Autoencoder
-    sampler: Callable[..., Array]
+    sampler: Callable[..., tuple[Array, Array]]
     params: Any
 
     @classmethod
@@ -129,9 +129,9 @@ class FlowPipeline:
             check_exported(path, self.card, step, ema)
             return dataclasses.replace(self, params=_read_weights(path / WEIGHTS, abstract))
         with saved_checkpoints(path) as checkpoints:
-            step = checkpoints.latest if step is None else step
-            params = _read_parameters(checkpoints, self.config, abstract, step, ema)
-        card = self.card | trained_card(self.config, self.card, step)
+            at = checkpoints.steps[-1] if step is None else step
+            params = _read_parameters(checkpoints, self.config, abstract, at, ema)
+        card = self.card | trained_card(self.config, self.card, at)
         return dataclasses.replace(self, params=params, card=card)
 
     def save_pretrained(self, path: str | os.PathLike, dtype: str = "float32") -> None:
@@ -206,7 +206,7 @@ class FlowPipeline:
           UserError: steps below 1, an unknown sampler or one that the network cannot serve, or
             guidance of a network without labels.
         """
-        sampler = self.check(steps, sampler, guidance)
+        sampler = self.check(steps, sampler, [guidance])
         n = len(labels)
         indices = np.arange(n) if indices is None else indices
         mesh = make_mesh()
@@ -227,15 +227,15 @@ class FlowPipeline:
         sampler: str = "",
     ) -> int:
         """The number of function evaluations (NFE) per sample."""
-        times = SAMPLERS[self.check(steps, sampler, guidance)].times(uniform_grid(steps))
+        times = SAMPLERS[self.check(steps, sampler, [guidance])].times(uniform_grid(steps))
         return network_calls(np.asarray(times), guidance, guidance_interval)
 
     def with_params(self, params: Any) -> "FlowPipeline":
         """The same pipeline around other parameters; nothing is compiled again."""
         return dataclasses.replace(self, params=params)
 
-    def check(self, steps: int, sampler: str, guidance: float) -> str:
-        """The sampler's name, with the default filled in.
+    def check(self, steps: int, sampler: str, guidance: Iterable[float]) -> str:
+        """The sampler's name, with the default filled in, where steps and scales are possible.
 
         Raises:
           UserError: as `draw`.
@@ -250,12 +250,15 @@ class FlowPipeline:
                 "sampler meanflow needs average velocities, which flow matching does not teach: "
                 "use euler or heun"
             )
-        if guidance != 1 and self.num_classes == 0:
-            raise UserError(f"guidance={guidance}: this network knows no labels, use 1")
+        for scale in guidance:
+            if scale != 1 and self.num_classes == 0:
+                raise UserError(f"guidance={scale}: this network knows no labels, use 1")
         return sampler
 
 
-def make_sampler(network: build.Network, shape: tuple[int, ...]) -> Callable[..., Any]:
+def make_sampler(
+    network: build.Network, shape: tuple[int, ...]
+) -> Callable[..., tuple[Array, Array]]:
     """Returns the jitted (params, autoencoder, label, index, seed, steps, sampler, guidance,
     interval) → (pictures, which of them are finite, bool (n,)).
     """

@@ -40,28 +40,53 @@ from utils.shards import Card
 from utils.sources import CorruptPicture, Pictures, centre_crop, decode
 
 PACKAGES = ("jax", "flax", "numpy", "pillow", "array_record")  # whose versions the card tells
+CHOICES = {
+    "dataset_name": ("", "folder", "imagenet256", "celebahq256"),
+    "dtype": ("float16", "bfloat16"),
+    "compute_dtype": ("float32", "bfloat16"),
+}
 _AHEAD = 2  # batches that are read and decoded while one is encoded
 _PER_DEVICE = {"cpu": 4}  # pictures per device and call
 _PER_ACCELERATOR = 32
 
 
 class Plan(NamedTuple):
-    """What is to be made, as the flags of prepare_data.py say it."""
+    """What is to be made; its fields are flags of prepare_data.py.
 
-    source: str  # folder, .zip, TFDS folder or name, or pictures that were prepared
+    Attributes:
+      source: A folder or .zip of pictures, a TFDS folder or name, or pictures that were prepared.
+      out: The folder to write.
+      autoencoder: A folder with diffusers' config.json and .safetensors (or TAESD's own pair of
+        files), a name on the hub, or none, which keeps pictures.
+      dataset_name: What the source's folders mean as labels: folder, imagenet256 or celebahq256; by
+        default what the name of the source says.
+      data_dir: The folder of TFDS data sets, if not the usual one.
+      split: Of a TFDS data set.
+      image_size: Pixels of a side, which pictures are cropped to.
+      dtype: Of the moments, as stored: float16 or bfloat16.
+      flip: Stores the mirrored pictures' moments too.
+      compute_dtype: Of the autoencoder: float32 or bfloat16.
+      batch_size: Pictures at a time over all local devices; 0: by their number.
+      shard_size: Pictures of a shard; 0: by the number of pictures.
+      share: I/N: makes the shards k with k % N = I; each of N hosts or processes needs its own.
+      num: Only the first so many, of one class where sorted so; 0: all.
+      skip_corrupt: Leaves out pictures that cannot be read, and says so.
+    """
+
+    source: str
     out: str
-    autoencoder: str  # folder, name on the hub, or none
-    dataset_name: str = ""  # what folders mean as labels; empty: by the source
+    autoencoder: str = "stabilityai/sd-vae-ft-mse"
+    dataset_name: str = ""
     data_dir: str = ""
     split: str = "train"
     image_size: int = 256
-    dtype: str = "float16"  # of what is stored
+    dtype: str = "float16"
     flip: bool = False
     compute_dtype: str = "float32"
-    batch_size: int = 0  # over all local devices; 0: by their number
-    shard_size: int = 0  # 0: by the number of pictures
-    share: str = ""  # I/N; empty: this jax process of all
-    num: int = 0  # only the first so many pictures; 0: all
+    batch_size: int = 0
+    shard_size: int = 0
+    share: str = ""
+    num: int = 0
     skip_corrupt: bool = False
 
 
@@ -83,6 +108,9 @@ def prepare(plan: Plan) -> str:
       UserError: a plan that cannot be carried out, one that differs from what `plan.out` was begun
         with, a corrupt picture, moments that are not finite, or a disk that is full.
     """
+    for key, words in CHOICES.items():
+        if getattr(plan, key) not in words:
+            raise UserError(f"--{key}={getattr(plan, key)}: {' or '.join(filter(None, words))}")
     share, of = _share(plan.share)
     work = open_work(plan)
     out = pathlib.Path(plan.out).expanduser()

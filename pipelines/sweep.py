@@ -1,413 +1,345 @@
-"""Runs × steps × guidance → rows of a table, with what real data scores beside them.
+"""Runs × checkpoints × samplers × steps × … → rows of a table, cell by cell.
 
-Pictures are measured by the Fréchet distance of a classifier's features (`pipelines/features.py`)
-and by the distance to the nearest training picture, points by the sliced Wasserstein distance. The
-noise and the label of a sample are functions of (seed, its index): batches change nothing.
+A cell is one way of drawing samples from one network. It is measured with all extractors in one
+pass, saved at once when it is done, and never measured again: the same command continues, another
+one adds cells, and several jobs may share a folder. The noise and the label of a sample are
+functions of (seed, its index): batches, devices and hosts change nothing.
 """
 
 import itertools
-import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from tqdm import tqdm
 
-from pipelines import features
-from pipelines.flow import FlowPipeline
-from utils import data, distances, fid
-from utils.cli import UserError
+from pipelines import groups, measure
+from pipelines.cells import Cells, Row, name_of
+from pipelines.flow import FlowPipeline, check_finite
+from pipelines.jobs import Job, work_off
+from pipelines.measure import Batch
+from pipelines.plan import POINTS, Interval, Plan, checked, intervals
+from pipelines.runs import Run, load_runs
+from pipelines.yardsticks import Yardstick
+from utils.claims import Claims
 from utils.log import progress
+from utils.samples import Samples
+from utils.sharding import fetch
 
-REPEATS = 5  # of a draw of real data
-NEAREST = 1000  # samples whose nearest training picture is looked for
 COLUMNS = 10  # of a grid of samples
-_LABELS, _DRAWS = 1, 2  # set the random streams of one seed apart
-
-BOOTSTRAP, HELDOUT = "bootstrap draws of the training split", "held-out split"
-
-
-class Plan(NamedTuple):
-    """What is asked for."""
-
-    steps: tuple[int, ...]
-    guidance: tuple[float, ...] = (1.0,)
-    num_samples: int = 2000
-    batch_size: int = 256
-    seed: int = 0
-
-
-class Row(NamedTuple):
-    """One number, and all that is needed to know what it is; None where it does not apply."""
-
-    run: str
-    objective: str
-    steps: int | None
-    nfe: int | None  # network calls per sample
-    sampling_guidance: float | None
-    trained_guidance: float | None  # ω′ = ω / (1 − κ); 1: none
-    train_steps: int | None
-    train_images: int | None
-    train_flops: float | None
-    metric: str
-    protocol: str
-    reference: str
-    value: float
-    num_samples: int
-    seed: int
+_LABELS = 1  # sets the random streams of one seed apart
 
 
 class Cell(NamedTuple):
-    """One place of the table."""
+    """One way of drawing samples from one network."""
 
     run: str
+    checkpoint: int
+    ema: str
+    sampler: str
     guidance: float
+    interval: Interval
+    seed: int
     steps: int
 
 
 class Group(NamedTuple):
-    """Runs on one data set, and what is asked of them."""
+    """Runs whose samples are measured alike."""
 
-    dataset: data.Dataset
-    runs: dict[str, FlowPipeline]
+    runs: dict[str, Run]
     plan: Plan
-
-    @property
-    def cells(self) -> list[Cell]:
-        """All cells, in the table's order."""
-        places = itertools.product(self.runs, self.plan.guidance, self.plan.steps)
-        return [Cell(*place) for place in places]
-
-    @property
-    def trained_on(self) -> str:
-        """The reference of distances to the training split."""
-        return f"training split of {self.dataset.name}, {len(self.dataset.train):,} pictures"
+    yardstick: Yardstick
+    cells: list[Cell]  # in the table's order
 
 
 class Section(NamedTuple):
     """What was found of a group."""
 
-    group: Group
-    rows: list[Row]
+    title: str
+    cells: list[Cell]
+    rows: dict[Cell, list[Row]]
+    real: list[Row]  # about real data, and about pictures made elsewhere
     samples: dict[Cell, np.ndarray]  # pictures of a grid, or all points
-
-    @property
-    def values(self) -> dict[Cell, float]:
-        """The first metric's value of each cell."""
-        return dict(zip(self.group.cells, (row.value for row in self.rows), strict=False))
-
-    @property
-    def real(self) -> list[Row]:
-        """The first metric's rows about real data."""
-        metric = self.rows[0].metric
-        return [row for row in self.rows if row.metric == metric and row.steps is None]
+    target: np.ndarray | None  # real points beside them
 
 
-def measure(
-    runs: Mapping[str, FlowPipeline],
-    plan: Plan,
-    cache_dir: str | os.PathLike = "runs/cache",
-    data_dir: str = "",
-) -> list[Section]:
+def run(plan: Plan) -> list[Section]:
     """Measures all cells, and real data beside them; one section per data set.
 
-    Args:
-      runs: names and pipelines; pictures of one data set, or points of any.
-      plan: steps, guidance and how many samples.
-      cache_dir: where classifiers and reference statistics are kept.
-      data_dir: of the pictures, or of MNIST; empty: where the runs, or who prepared the latents,
-        found them.
+    Returns:
+      The sections; none on processes other than the first.
 
     Raises:
-      UserError: an impossible plan, or runs that cannot be compared.
+      UserError: an impossible plan, runs that cannot be compared, samples that are not finite.
     """
-    groups = _groups(runs, _checked(plan), data_dir)
-    return [
-        _points(group) if len(group.dataset.shape) == 1 else _pictures(group, cache_dir)
-        for group in groups
+    plan = checked(plan)
+    if plan.samples:
+        return measure_samples(plan)
+    return measure_runs(load_runs(plan.workdir, plan.autoencoder), plan)
+
+
+def measure_runs(runs: dict[str, Run], plan: Plan) -> list[Section]:
+    """`run` for runs that are loaded, and a plan that is checked."""
+    grouped = [
+        Group(members, plan, stick, [c for run in members.values() for c in _cells(run, plan)])
+        for members, stick in groups.group_runs(runs, plan)
     ]
+    cells, claims = _place(plan)
+    samples = sum(_count(group) * len(_open(cells, group)) for group in grouped)
+    with progress(0, samples, "sample", "samples") as bar:
+        for group in grouped:
+            jobs = [_job(cells, group, cell, bar) for cell in group.cells]
+            work_off(claims, jobs + group.yardstick.jobs(cells, _count(group)))
+    if jax.process_index():
+        return []
+    return [_section(cells, group) for group in grouped]
 
 
-# What can be compared.
+def measure_samples(plan: Plan) -> list[Section]:
+    """Pictures made elsewhere, a row each; the plan is checked."""
+    cells, claims = _place(plan)
+    found = groups.of_samples(plan)
+    stick = found[0][-1]
+    counts = [plan.num_samples or len(samples.source) for _, samples, _ in found]
+    names = [
+        name_of([name, f"n{n}"], {"pictures": samples.fingerprint, "n": n})
+        for (name, samples, _), n in zip(found, counts, strict=True)
+    ]
+    with progress(0, sum(counts), "picture", "samples") as bar:
+        jobs = [
+            _samples_job(cells, file, stick, samples, name, n, bar)
+            for (name, samples, _), file, n in zip(found, names, counts, strict=True)
+        ]
+        for n in dict.fromkeys(counts):
+            jobs += stick.jobs(cells, n)
+        work_off(claims, jobs)
+    if jax.process_index():
+        return []
+    rows = [row for name in names for key in stick.keys for row in cells.rows(name)[key]]
+    rows += [row for n in dict.fromkeys(counts) for row in stick.rows(cells, n)]
+    return [Section(stick.title, [], {}, rows, {}, None)]
 
 
-def load_runs(
-    folders: Iterable[str | os.PathLike], autoencoder: str = ""
-) -> dict[str, FlowPipeline]:
-    """Loads the runs in `folders`, by the names of `run_names`.
+def _samples_job(
+    cells: Cells, file: str, stick: Yardstick, samples: Samples, name: str, n: int, bar: tqdm
+) -> Job:
+    def work(held: Callable[[], bool]) -> None:
+        batches = measure.source_batches(samples.source, stick.plan.batch_size, bar.update, n)
+        found = stick.measure(batches, n, cells.work(file), known=cells.rows(file), seed=0)
+        rows = {key: [Row.of(run=name, **fact) for fact in facts] for key, facts in found.items()}
+        if jax.process_index() == 0 and held():
+            cells.write(file, {"samples": samples.words}, rows)
+            cells.clear(file)
 
-    Args:
-      autoencoder: of runs on latents; empty: the one that each names.
-    Raises:
-      UserError: a folder that holds no run, or two of one name.
-    """
-    names = run_names(folders).items()
-    return {name: FlowPipeline.from_pretrained(path, autoencoder) for name, path in names}
-
-
-def run_names(folders: Iterable[str | os.PathLike]) -> dict[str, pathlib.Path]:
-    """Names runs by their folders, and by the folders above too where these are alike.
-
-    Raises:
-      UserError: runs that would still be of one name.
-    """
-    paths = list(dict.fromkeys(pathlib.Path(folder).resolve() for folder in folders))
-    short = [path.name for path in paths]
-    full = ["_".join(path.parts[-2:]) for path in paths]
-    names = [s if short.count(s) == 1 else f for s, f in zip(short, full, strict=True)]
-    if len(set(names)) < len(names):
-        raise UserError(f"runs of one name cannot share a table: {', '.join(full)}; rename one")
-    return dict(zip(names, paths, strict=True))
+    return Job(file, lambda: set(stick.keys) <= cells.rows(file).keys(), work)
 
 
-def _checked(plan: Plan) -> Plan:
-    if not plan.steps or not plan.guidance:
-        raise UserError("nothing to measure: give --steps=1,2,4 and --guidance=1")
-    if min(plan.steps) < 1:
-        raise UserError(f"--steps={min(plan.steps)}: at least 1")
-    if plan.num_samples < 2:
-        raise UserError(f"--num_samples={plan.num_samples}: at least 2, and 2000 say more")
-    if plan.batch_size < 1:
-        raise UserError(f"--batch_size={plan.batch_size}: at least 1")
-    if not 0 <= plan.seed < 2**31:
-        raise UserError(f"--seed={plan.seed}: from 0 to {2**31 - 1}")
-    if not np.isfinite(plan.guidance).all():
-        raise UserError(f"--guidance={plan.guidance}: finite numbers, 1 for none")
-    return plan._replace(
-        steps=tuple(sorted(set(plan.steps))), guidance=tuple(sorted(set(plan.guidance)))
+def _place(plan: Plan) -> tuple[Cells, Claims]:
+    """Where the cells lie, and who is at which."""
+    cells = Cells(pathlib.Path(plan.out) / "cells")
+    return cells, Claims(cells.folder, plan.expires, plan.expires / 10)
+
+
+def _section(cells: Cells, group: Group) -> Section:
+    stick, rows, samples = group.yardstick, {}, {}
+    for cell in group.cells:
+        name, found = cell_name(group, cell), cells.rows(cell_name(group, cell))
+        rows[cell] = [row for key in stick.keys for row in found[key]]
+        samples[cell] = cells.samples(name)
+    return Section(
+        title=stick.title,
+        cells=group.cells,
+        rows=rows,
+        real=stick.rows(cells, _count(group)),
+        samples=samples,
+        target=stick.target(_count(group)),
     )
 
 
-def _groups(runs: Mapping[str, FlowPipeline], plan: Plan, data_dir: str) -> list[Group]:
-    """Groups runs by data set; several data sets share a call only where they are points."""
-    if not runs:
-        raise UserError("no run to measure: give --workdir=FOLDER")
-    groups: dict[str, Group] = {}
-    for name, pipeline in runs.items():
-        dataset = data.load_pictures(pipeline.config, pipeline.card.get("pictures"), data_dir)
-        _check_data(name, pipeline, dataset, plan)
-        group = groups.setdefault(dataset.fingerprint, Group(dataset, {}, plan))
-        group.runs[name] = pipeline
-    if len(groups) > 1 and any(len(group.dataset.shape) > 1 for group in groups.values()):
-        told = ", ".join(f"{next(iter(g.runs))} on {g.dataset.name}" for g in groups.values())
-        raise UserError(f"runs on different data sets ({told}): evaluate each data set by itself")
-    return list(groups.values())
+# Cells.
 
 
-def _check_data(name: str, pipeline: FlowPipeline, dataset: data.Dataset, plan: Plan) -> None:
-    here = dataset.identity
-    card = pipeline.card
-    there = (card.get("pictures") or {}).get("identity") or card.get("dataset", here)
-    if there != here:
-        raise UserError(f"{name} was trained on {there}, the data here is {here}: see --data_dir")
-    if dataset.num_classes == 0 and plan.guidance != (1.0,):
-        raise UserError(f"{name} knows no labels: give --guidance=1")
-    most = min(len(dataset.heldout), len(dataset.train))
-    if len(dataset.shape) == 1 and plan.num_samples > most:
-        raise UserError(f"{dataset.name} has {most} held-out points: --num_samples={most} or less")
+def _cells(run: Run, plan: Plan) -> list[Cell]:
+    """What is asked of a run; guidance that is none has one interval."""
+    found = itertools.product(
+        run.checkpoints(plan.checkpoint),
+        [run.average(word) for word in plan.ema or ("",)],
+        [run.pipeline.check(1, word, plan.guidance) for word in plan.sampler or ("",)],
+        plan.guidance,
+        intervals(plan),
+        plan.seed,
+        plan.steps,
+    )
+    cells = (Cell(run.name, *values) for values in found)
+    return list(
+        dict.fromkeys(c._replace(interval=(0.0, 1.0)) if c.guidance == 1 else c for c in cells)
+    )
+
+
+def cell_name(group: Group, cell: Cell) -> str:
+    """The name of a cell's file: the same for the same samples, measured in whatever way."""
+    run, n = group.runs[cell.run], _count(group)
+    words = [cell.run, f"at{cell.checkpoint}", cell.sampler, f"steps{cell.steps}"]
+    words += [f"g{cell.guidance:g}"] if cell.guidance != 1 else []
+    identity = cell._replace(run=run.identity(cell.checkpoint))._asdict()
+    return name_of([*words, f"n{n}"], {**identity, "n": n, "labels": group.plan.labels})
+
+
+def _open(cells: Cells, group: Group) -> list[Cell]:
+    """The cells that are not done."""
+    return [cell for cell in group.cells if not _done(cells, group, cell)]
+
+
+def _done(cells: Cells, group: Group, cell: Cell) -> bool:
+    name = cell_name(group, cell)
+    saved = _saved(group, cell)
+    return cells.whole(name, group.yardstick.keys) and (saved is None or saved.exists())
+
+
+def _saved(group: Group, cell: Cell) -> pathlib.Path | None:
+    """Where all pictures of a cell are to be kept; None: nowhere."""
+    kind = group.plan.save_samples
+    path = pathlib.Path(group.plan.out) / "samples" / cell_name(group, cell)
+    return {"": None, "png": path, "npz": path.with_name(f"{path.name}.npz")}[kind]
+
+
+def _job(cells: Cells, group: Group, cell: Cell, bar: tqdm) -> Job:
+    name = cell_name(group, cell)
+
+    def work(held: Callable[[], bool]) -> None:
+        rows = _measured(cells, group, cell, bar)
+        grid = _grid(group, cell)
+        if jax.process_index() == 0 and held():
+            about = cell._asdict() | {"num_samples": _count(group)}
+            cells.write(name, about, rows, grid)
+            cells.clear(name)
+
+    return Job(name, lambda: _done(cells, group, cell), work)
+
+
+def _measured(cells: Cells, group: Group, cell: Cell, bar: tqdm) -> dict[str, list[Row]]:
+    """The rows of a cell that are still missing; on processes other than the first, none."""
+    run, n, name = group.runs[cell.run], _count(group), cell_name(group, cell)
+    pipeline = run.load(cell.checkpoint, cell.ema)
+    labels = draw_labels(cell.seed, n, pipeline.num_classes, group.plan.labels)
+
+    def batches(start: int) -> Iterator[Batch]:
+        bar.update(start)
+        for batch in _cell_batches(group, cell, labels)(start):
+            yield batch
+            bar.update(batch.count)
+
+    found = group.yardstick.measure(
+        batches,
+        n,
+        cells.work(name),
+        known=cells.rows(name),
+        saved=_saved(group, cell),
+        seed=cell.seed,
+    )
+    facts = _facts(run, pipeline, cell, group.plan)
+    return {key: [Row.of(**facts, **row) for row in rows] for key, rows in found.items()}
+
+
+def _facts(run: Run, pipeline: FlowPipeline, cell: Cell, plan: Plan) -> dict[str, Any]:
+    """What a row says of where its samples came from."""
+    card = ("trained_guidance", "train_steps", "train_images", "train_flops")
+    interval = ":".join(f"{time:g}" for time in cell.interval)
+    return {
+        "run": run.name,
+        "objective": pipeline.config.objective,
+        "ema": cell.ema,
+        "sampler": cell.sampler,
+        "steps": cell.steps,
+        "nfe": pipeline.network_calls(cell.steps, cell.guidance, cell.interval, cell.sampler),
+        "sampling_guidance": cell.guidance,
+        "guidance_interval": interval,
+        "labels": plan.labels if pipeline.num_classes > 1 else None,
+        "seed": cell.seed,
+        **{name: pipeline.card[name] for name in card},
+    }
 
 
 # Samples.
 
 
-def draw_labels(seed: int, n: int, num_classes: int) -> np.ndarray:
-    """Uniform labels int32 (n,); label i is a function of (seed, i), 0 where there is no class."""
+def _count(group: Group) -> int:
+    return group.plan.num_samples or group.yardstick.default_count
+
+
+def draw_labels(seed: int, n: int, num_classes: int, law: str = "random") -> np.ndarray:
+    """Labels int32 (n,), a function of (seed, index); 0 where there is no class.
+
+    Args:
+      law: "random" for uniform ones, "balanced" for 0, 1, …, num_classes − 1 again and again.
+    """
+    if law == "balanced":
+        return (np.arange(n) % max(num_classes, 1)).astype(np.int32)
     rng = np.random.default_rng((seed, _LABELS))
     return rng.integers(max(num_classes, 1), size=n, dtype=np.int32)
 
 
-def grid_labels(num_classes: int) -> np.ndarray:
-    """Labels int32 of a grid with ten columns: whole rows of a class, ten classes at most."""
-    shown = min(max(num_classes, 1), 10)
+def grid_labels(num_classes: int, rows: int = 10) -> np.ndarray:
+    """Labels int32 of a grid with ten columns: whole rows of a class, `rows` classes at most."""
+    shown = min(max(num_classes, 1), rows)
     classes = np.linspace(0, max(num_classes - 1, 0), shown).astype(np.int32)
-    return np.repeat(classes, COLUMNS * (10 // shown))
+    return np.repeat(classes, COLUMNS * (rows // shown))
 
 
-def _samples(group: Group, cell: Cell, labels: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields exactly len(labels) samples; all batches are of one size, so that one is compiled."""
-    plan, n = group.plan, len(labels)
-    size = min(plan.batch_size, plan.num_samples)
-    padded = np.pad(labels, (0, -n % size))
-    for start in range(0, n, size):
-        batch = group.runs[cell.run](
-            padded[start : start + size],
-            steps=cell.steps,
-            guidance=cell.guidance,
-            seed=plan.seed,
-            indices=np.arange(start, start + size, dtype=np.int32),
-        )
-        yield batch[: n - start]
+def sample_batches(
+    pipeline: FlowPipeline,
+    plan: Plan,
+    labels: np.ndarray,
+    *,
+    seed: int,
+    **options: Any,
+) -> Callable[[int], Iterator[Batch]]:
+    """Sample number → exactly the samples from there on; batches of one size, compiled once.
+
+    Args:
+      labels: of all samples.
+      options: of `FlowPipeline.draw`.
+    """
+    n = len(labels)
+    size = min(plan.batch_size, plan.num_samples or n)
+    padded = np.pad(labels, (0, size))
+
+    def batches(start: int) -> Iterator[Batch]:
+        for first in range(start, n, size):
+            indices = np.arange(first, first + size, dtype=np.int32)
+            label = padded[first : first + size]
+            samples, finite = pipeline.draw(label, indices=indices, seed=seed, **options)
+            yield Batch(samples, min(size, n - first), finite)
+
+    return batches
 
 
-def _table_samples(group: Group) -> Iterator[tuple[Cell, Iterator[np.ndarray]]]:
-    """Yields each cell and its batches, under a progress bar."""
-    n = group.plan.num_samples
-    labels = draw_labels(group.plan.seed, n, group.dataset.num_classes)
-    with progress(0, n * len(group.cells), "sample", group.dataset.name) as bar:
-        for cell in group.cells:
-            yield cell, _ticked(_samples(group, cell, labels), bar)
-
-
-def _ticked(batches: Iterator[np.ndarray], bar) -> Iterator[np.ndarray]:
-    for batch in batches:
-        yield batch
-        bar.update(len(batch))
-
-
-# Rows.
-
-
-def _cell_row(group: Group, cell: Cell, **measured) -> Row:
-    """A row about a run; `measured`: metric, protocol, reference, value, num_samples."""
-    pipeline = group.runs[cell.run]
-    card = ("trained_guidance", "train_steps", "train_images", "train_flops")
-    return Row(
-        run=cell.run,
-        objective=pipeline.config.objective,
+def _cell_batches(group: Group, cell: Cell, labels: np.ndarray) -> Callable[[int], Iterator[Batch]]:
+    return sample_batches(
+        group.runs[cell.run].load(cell.checkpoint, cell.ema),
+        group.plan,
+        labels,
+        seed=cell.seed,
         steps=cell.steps,
-        nfe=pipeline.network_calls(cell.steps, cell.guidance),
-        sampling_guidance=cell.guidance,
-        seed=group.plan.seed,
-        **{name: pipeline.card[name] for name in card},
-        **measured,
+        sampler=cell.sampler,
+        guidance=cell.guidance,
+        guidance_interval=cell.interval,
     )
 
 
-def _real_row(group: Group, name: str, **measured) -> Row:
-    """A row about real data: nothing was sampled, nothing was trained."""
-    empty: dict[str, Any] = dict.fromkeys(Row._fields)
-    about = {"run": name, "objective": "real data", "seed": group.plan.seed}
-    return Row(**empty | about | measured)
-
-
-def _how_drawn(dataset: data.Dataset) -> str:
-    drawn = "labels uniform, noise and label" if dataset.num_classes > 1 else "no labels, noise"
-    return f"{drawn} a function of (seed, sample index)"
-
-
-def _mean_of_draws(values: Sequence[float], drawn: str) -> tuple[float, str]:
-    """The mean over draws of real data, and the words of the protocol."""
-    words = f"{drawn}, mean of {len(values)} (deviation {np.std(values):.2g})"
-    return float(np.mean(values)), words
-
-
-# Pictures.
-
-
-def _pictures(group: Group, cache_dir: str | os.PathLike) -> Section:
-    reference = features.prepare(group.dataset, cache_dir)
-    labels = grid_labels(group.dataset.num_classes)
-    rows, grids, first = [], {}, {}
-    for cell, batches in _table_samples(group):
-        value, first[cell] = _frechet(batches, reference)
-        facts = _frechet_facts(group, reference, _how_drawn(group.dataset))
-        n = group.plan.num_samples
-        rows.append(_cell_row(group, cell, **facts, value=value, num_samples=n))
-        grids[cell] = np.concatenate(list(_samples(group, cell, labels)))
-    rows += _real_pictures(group, reference) + _nearest_rows(group, first)
-    return Section(group, rows, grids)
-
-
-def _frechet(
-    batches: Iterable[np.ndarray], reference: features.Reference
-) -> tuple[float, np.ndarray]:
-    """Returns the distance of all pictures from the reference, and the first NEAREST of them."""
-    stats, first = fid.FeatureStats.empty(len(reference.stats.total)), []
-    for batch in batches:
-        first.append(batch[: max(0, NEAREST - stats.count)])
-        stats = stats.update(reference.extractor.apply(batch))
-    return fid.frechet_distance(stats, reference.stats), np.concatenate(first)
-
-
-def _frechet_facts(group: Group, reference: features.Reference, drawn: str) -> dict[str, str]:
-    protocol = f"{drawn}; {reference.extractor.protocol}"
-    metric = reference.extractor.name
-    return {"metric": metric, "protocol": protocol, "reference": group.trained_on}
-
-
-def _real_pictures(group: Group, reference: features.Reference) -> list[Row]:
-    """Draws of real data at the table's N, the held-out split, and draws at the split's own N."""
-    heldout, n = group.dataset.heldout, group.plan.num_samples
-    rows = [_bootstrap_row(group, reference, n)]
-    if len(heldout) < 2:
-        return rows
-    value, _ = _frechet((c["x"] for c in data.chunks(heldout, features.CHUNK)), reference)
-    facts = _frechet_facts(group, reference, "all held-out pictures")
-    rows += [_real_row(group, HELDOUT, **facts, value=value, num_samples=len(heldout))]
-    return rows if len(heldout) == n else [*rows, _bootstrap_row(group, reference, len(heldout))]
-
-
-def _bootstrap_row(group: Group, reference: features.Reference, n: int) -> Row:
-    """What n training pictures, drawn with replacement, score: the least that can be told apart."""
-    values = [_frechet(_bootstrap(group, n, k), reference)[0] for k in range(REPEATS)]
-    value, drawn = _mean_of_draws(values, "draws with replacement")
-    facts = _frechet_facts(group, reference, drawn)
-    return _real_row(group, BOOTSTRAP, **facts, value=value, num_samples=n)
-
-
-def _bootstrap(group: Group, n: int, repeat: int) -> Iterator[np.ndarray]:
-    rng, train = np.random.default_rng((group.plan.seed, _DRAWS, repeat)), group.dataset.train
-    drawn = rng.integers(len(train), size=n)
-    for start in range(0, n, features.CHUNK):
-        yield data.arrays(train, drawn[start : start + features.CHUNK])["x"]
-
-
-def _nearest_rows(group: Group, first: dict[Cell, np.ndarray]) -> list[Row]:
-    """Mean distances to the nearest training picture, of samples and of the held-out split."""
-    heldout = group.dataset.heldout
-    held = data.arrays(heldout, range(min(NEAREST, len(heldout))))["x"]
-    facts = {
-        "metric": "nearest_train_distance",
-        "protocol": f"mean over the first {NEAREST:,} at most of the RMS difference per value, "
-        "black 0 and white 1, from the nearest training picture",
-        "reference": group.trained_on,
-    }
-    *means, held_mean = _nearest_means(group.dataset, [*first.values(), held])
-    rows = [
-        _cell_row(group, cell, **facts, value=mean, num_samples=len(first[cell]))
-        for cell, mean in zip(first, means, strict=True)
-    ]
-    if len(held):
-        rows += [_real_row(group, HELDOUT, **facts, value=held_mean, num_samples=len(held))]
-    return rows
-
-
-def _nearest_means(dataset: data.Dataset, sets: Sequence[np.ndarray]) -> list[float]:
-    """The training split is read once for all sets; an empty set gets NaN."""
-    together = np.concatenate(sets)
-    best = np.full(len(together), np.inf)
-    with progress(0, len(dataset.train), "picture", "nearest training pictures") as bar:
-        for chunk in data.chunks(dataset.train, distances.CHUNK):
-            best = np.minimum(best, distances.nearest_distances(together, chunk["x"]))
-            bar.update(len(chunk["x"]))
-    parts = np.split(best, np.cumsum([len(s) for s in sets])[:-1])
-    return [float(part.mean()) if len(part) else float("nan") for part in parts]
-
-
-# Points.
-
-
-def _points(group: Group) -> Section:
-    n, samples = group.plan.num_samples, {}
-    target = data.arrays(group.dataset.heldout, range(n))["x"]
-    facts = {
-        "metric": "sliced_wasserstein",
-        "reference": f"as many held-out points of {group.dataset.name}",
-        "num_samples": n,
-    }
-    how = f"; root of the mean over {distances.PROJECTIONS} directions of the squared W₂ along each"
-    protocol, rows = _how_drawn(group.dataset) + how, []
-    for cell, batches in _table_samples(group):
-        samples[cell] = np.concatenate(list(batches))
-        value = distances.sliced_wasserstein(samples[cell], target, seed=group.plan.seed)
-        rows.append(_cell_row(group, cell, **facts, protocol=protocol, value=value))
-    draws = [_training_points(group, k) for k in range(REPEATS)]
-    values = [distances.sliced_wasserstein(draw, target, seed=group.plan.seed) for draw in draws]
-    value, drawn = _mean_of_draws(values, "draws without replacement")
-    real = _real_row(group, "training points", **facts, protocol=drawn + how, value=value)
-    return Section(group, [*rows, real], samples)
-
-
-def _training_points(group: Group, repeat: int) -> np.ndarray:
-    rng, train = np.random.default_rng((group.plan.seed, _DRAWS, repeat)), group.dataset.train
-    return data.arrays(train, rng.choice(len(train), group.plan.num_samples, replace=False))["x"]
+def _grid(group: Group, cell: Cell) -> np.ndarray:
+    """Pictures for a grid, from the noise of the first indices; or all points."""
+    pipeline = group.runs[cell.run].load(cell.checkpoint, cell.ema)
+    stick = group.yardstick
+    if stick.default_count == POINTS:
+        labels = draw_labels(cell.seed, _count(group), pipeline.num_classes, group.plan.labels)
+    else:
+        labels = grid_labels(pipeline.num_classes, rows=10 if stick.side <= 64 else 4)
+    found = []
+    for batch in _cell_batches(group, cell, labels)(0):
+        samples, finite = fetch((batch.pictures, batch.finite))
+        check_finite(finite[: batch.count])
+        found.append(samples[: batch.count])
+    return np.concatenate(found)

@@ -15,6 +15,8 @@ from flows.consistency import self_consistency
 from flows.path import interpolate
 from pipelines import build
 from pipelines.flow import FlowPipeline, read_json, trained_card, write_json
+from pipelines.quick import QuickDistance
+from pipelines.runs import FREE
 from utils import data, flops
 from utils.cli import UserError, absolute, flatten
 from utils.feed import feed
@@ -22,21 +24,6 @@ from utils.figures import grid
 from utils.log import Logger
 from utils.sharding import make_mesh
 from utils.train import EVALUATION, TrainState, check_batch, fit, stream
-
-# What may change between the parts of a run; everything else makes it another run.
-FREE = (
-    *(
-        "data_dir",
-        "autoencoder",
-        "cache",
-        "max_steps",
-        "log_interval",
-        "eval_interval",
-        "save_interval",
-    ),
-    *("keep_checkpoints", "tensorboard", "model.remat", "model.unroll"),
-    *("mesh.", "sample.", "wandb."),
-)
 
 
 def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainState:
@@ -88,7 +75,7 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
 
 
 class Evaluate:
-    """Draws a grid per step count from the same noise, and measures self-consistency."""
+    """Draws a grid per step count from the same noise, and measures what is asked for."""
 
     def __init__(self, pipeline: FlowPipeline, dataset: data.Dataset):
         """Keeps the pipeline, so that it compiles once."""
@@ -98,6 +85,7 @@ class Evaluate:
         held = data.arrays(source, range(min(256, len(source))))
         self.held = {k: jnp.asarray(v) for k, v in held.items()}
         self.consistency = jax.jit(self._consistency)
+        self.distance = QuickDistance(pipeline, dataset) if self.config.fid.num else None
 
     def __call__(self, state: TrainState, logger: Logger) -> None:
         """Writes pictures and scalars of the averaged parameters."""
@@ -106,6 +94,8 @@ class Evaluate:
             logger.picture(step, f"steps_{steps}", grid(self._pictures(params, steps)))
         if self.config.objective == "mean_flow":
             logger.scalars(step, {"self_consistency": float(self.consistency(params))})
+        if self.distance:
+            logger.scalars(step, self.distance(params))
 
     def _pictures(self, params: Any, steps: int) -> np.ndarray:
         count, classes = self.config.sample.num, self.pipeline.num_classes

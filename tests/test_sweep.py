@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import json
 import pathlib
 import subprocess
 import sys
@@ -13,45 +14,80 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import toy
-from pipelines import features, report, sweep
+from pipelines import classifier, groups, report, runs, sweep, yardsticks
 from pipelines.flow import FlowPipeline
-from pipelines.sweep import Plan, draw_labels, grid_labels
+from pipelines.plan import Plan, checked
+from pipelines.sweep import draw_labels, grid_labels
 from utils import data
 from utils.cli import UserError
+from utils.sharding import batch_sharding, make_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEADER = (
-    "run,objective,steps,nfe,sampling_guidance,trained_guidance,train_steps,train_images,"
-    "train_flops,metric,protocol,reference,value,num_samples,seed"
+    "run,objective,train_steps,ema,sampler,steps,nfe,sampling_guidance,guidance_interval,"
+    "trained_guidance,train_images,train_flops,metric,features,resize,value,deviation,"
+    "deviation_of,num_samples,labels,seed,protocol,reference,reference_fingerprint,commit"
 )
+KEYS = {"holdout": 0.1, "use_stable_vae": 0, "image_size": 0, "data_dir": ""}
+PLAN = Plan(
+    workdir=("runs",),
+    features=("classifier",),
+    metrics=("fid", "nearest"),
+    num_samples=130,
+    batch_size=64,
+    bootstrap=3,
+)
+
+
+class Fake:
+    """A run whose samples a test chooses, as a function of (seed, index), label and steps."""
+
+    def __init__(self, make, objective="mean_flow", dataset_name="digits", **card):
+        self.make, self.calls, self.name = make, [], "run"
+        self.config = ConfigDict(KEYS | {"dataset_name": dataset_name, "objective": objective})
+        budget = {"train_steps": 10, "train_images": 640, "train_flops": 1.5e9}
+        self.card = {"trained_guidance": 1.0} | budget | card
+        self.pipeline = self
+        self.num_classes = 10 if dataset_name == "digits" else 0
+
+    # As a Run.
+
+    def checkpoints(self, asked):
+        return (10,)
+
+    def average(self, asked):
+        return asked or "0.99"
+
+    def load(self, step, ema):
+        return self
+
+    def identity(self, step):
+        return f"{self.name} {self.config.objective}"
+
+    # As a FlowPipeline.
+
+    def check(self, steps, sampler, guidance):
+        return sampler or "meanflow"
+
+    def network_calls(self, steps, guidance, interval, sampler):
+        return steps * (1 if guidance == 1 else 2)
+
+    def draw(self, labels, *, steps, sampler, guidance, guidance_interval, seed, indices):
+        self.calls.append((steps, guidance, seed, labels.copy(), indices.copy()))
+        rngs = [np.random.default_rng((seed, int(i))) for i in indices]
+        drawn = [self.make(rng, label, steps) for rng, label in zip(rngs, labels, strict=True)]
+        padded = np.stack(drawn + drawn[:1] * (-len(drawn) % 8))
+        place = batch_sharding(make_mesh())
+        finite = np.isfinite(padded.reshape(len(padded), -1)).all(axis=1)
+        return jax.device_put((padded, finite), place)
 
 
 def evaluate(runs, plan, out, cache_dir="runs/cache"):
     """Measures and writes, as eval_fid.py does."""
-    return report.write(sweep.measure(runs, plan, cache_dir), out)
-
-
-KEYS = {"holdout": 0.1, "use_stable_vae": 0, "image_size": 0, "data_dir": ""}
-
-
-class Fake:
-    """A pipeline whose samples a test chooses, as a function of (seed, index), label and steps."""
-
-    def __init__(self, make, objective="mean_flow", dataset_name="digits", **card):
-        self.make, self.calls = make, []
-        self.config = ConfigDict(KEYS | {"dataset_name": dataset_name, "objective": objective})
-        budget = {"train_steps": 10, "train_images": 640, "train_flops": 1.5e9}
-        self.card = {"trained_guidance": 1.0} | budget | card
-
-    def network_calls(self, steps, guidance=1.0):
-        return steps * (1 if guidance == 1 else 2)
-
-    def __call__(self, labels, *, steps, guidance, seed, indices):
-        self.calls.append((steps, guidance, seed, labels.copy(), indices.copy()))
-        rngs = [np.random.default_rng((seed, int(i))) for i in indices]
-        return np.stack(
-            [self.make(rng, label, steps) for rng, label in zip(rngs, labels, strict=True)]
-        )
+    for name, run in runs.items():
+        run.name = name
+    plan = checked(plan._replace(out=str(out), cache_dir=str(cache_dir)))
+    return report.write(sweep.measure_runs(runs, plan), plan)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +103,13 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A classifier of two seconds does here."""
-    recipe = features.Recipe(steps=150, batch_size=64)
-    prepare = functools.partial(features.prepare, recipe=recipe)
-    monkeypatch.setattr(sweep.features, "prepare", prepare)
+    quick_classifier(monkeypatch)
+
+
+def quick_classifier(patch) -> None:
+    recipe = classifier.Recipe(steps=150, batch_size=64)
+    quick = functools.partial(classifier.extractor, recipe=recipe)
+    patch.setattr(groups.classifier, "extractor", quick)
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +167,11 @@ def test_many_classes_are_thinned_evenly():
 def result(real, tmp_path_factory, cache):
     """Two runs at two step counts and two scales of guidance, N = 130."""
     with pytest.MonkeyPatch.context() as patch:
-        recipe = features.Recipe(steps=150, batch_size=64)
-        patch.setattr(sweep.features, "prepare", functools.partial(features.prepare, recipe=recipe))
+        quick_classifier(patch)
         out = tmp_path_factory.mktemp("out")
         runs = {"copies": Fake(real, trained_guidance=2.0), "static": Fake(noise, "flow_matching")}
-        text = evaluate(runs, Plan((4, 1), (1.0, 3.0), 130, 64, seed=5), out, cache)
+        plan = PLAN._replace(steps=(4, 1), guidance=(1.0, 3.0), seed=(5,))
+        text = evaluate(runs, plan, out, cache)
     return out, text, runs
 
 
@@ -139,17 +179,21 @@ def test_csv_has_the_columns_and_every_cell(result):
     out, _, _ = result
     assert (out / "results.csv").read_text().splitlines()[0] == HEADER
     rows = [row for row in rows_of(out) if row["metric"] == "fd_classifier" and row["steps"]]
+    assert len(rows) == 8
     cells = [(r["run"], r["sampling_guidance"], r["steps"], r["nfe"]) for r in rows]
     places = [("1.0", "1", "1"), ("1.0", "4", "4"), ("3.0", "1", "2"), ("3.0", "4", "8")]
     assert cells == [(run, *place) for run in ("copies", "static") for place in places]
     for row in rows:
         assert (row["train_steps"], row["train_images"], row["seed"]) == ("10", "640", "5")
+        assert (row["ema"], row["sampler"], row["guidance_interval"]) == ("0.99", "meanflow", "0:1")
         assert row["trained_guidance"] == {"copies": "2.0", "static": "1.0"}[row["run"]]
         assert row["objective"] == {"copies": "mean_flow", "static": "flow_matching"}[row["run"]]
         assert float(row["train_flops"]) == 1.5e9
         assert row["num_samples"] == "130"
-        assert "labels uniform" in row["protocol"]
+        assert row["labels"] == "random"
         assert "held-out accuracy" in row["protocol"]
+        assert 0 < float(row["deviation"]) < float(row["value"])
+        assert row["reference"] == "training split of digits, 1,617 pictures"
 
 
 def test_real_rows_have_no_steps_and_their_own_n(result, digits):
@@ -160,27 +204,27 @@ def test_real_rows_have_no_steps_and_their_own_n(result, digits):
     found = [(row["metric"], row["run"], row["num_samples"]) for row in rows]
     held = str(len(digits.heldout))
     assert found == [
-        ("fd_classifier", sweep.BOOTSTRAP, "130"),
-        ("fd_classifier", sweep.HELDOUT, held),
-        ("fd_classifier", sweep.BOOTSTRAP, held),
-        ("nearest_train_distance", sweep.HELDOUT, held),
+        ("fd_classifier", yardsticks.DRAWS, "130"),
+        ("fd_classifier", yardsticks.DRAWS, held),
+        ("fd_classifier", yardsticks.HELDOUT, held),
+        ("nearest_train_distance", yardsticks.HELDOUT, held),
     ]
-    assert "mean of 5" in rows[0]["protocol"]
+    assert rows[0]["deviation_of"] == "5 draws with replacement"
 
 
 def test_copies_score_like_bootstrap_draws_and_noise_does_not(result):
     rows = rows_of(result[0])
-    floor = pick(rows, metric="fd_classifier", run=sweep.BOOTSTRAP, num_samples=130)[0]
+    floor = pick(rows, metric="fd_classifier", run=yardsticks.DRAWS, num_samples=130)[0]
     copies = pick(rows, metric="fd_classifier", run="copies")
     assert max(copies) < 3 * floor
     assert min(pick(rows, metric="fd_classifier", run="static")) > 10 * max(copies)
-    larger = pick(rows, metric="fd_classifier", run=sweep.BOOTSTRAP, num_samples=180)[0]
+    larger = pick(rows, metric="fd_classifier", run=yardsticks.DRAWS, num_samples=180)[0]
     assert larger < floor  # more pictures, less bias
 
 
 def test_memorising_shows_in_the_nearest_training_picture(result):
     rows = rows_of(result[0])
-    held = pick(rows, metric="nearest_train_distance", run=sweep.HELDOUT)[0]
+    held = pick(rows, metric="nearest_train_distance", run=yardsticks.HELDOUT)[0]
     assert pick(rows, metric="nearest_train_distance", run="copies") == [0.0] * 4
     assert 0.05 < held < 0.3
     assert min(pick(rows, metric="nearest_train_distance", run="static")) > 1.5 * held
@@ -210,12 +254,24 @@ def test_the_table_is_printed_as_written_and_says_how_to_read_it(result):
     assert (out / "results.md").read_text(encoding="utf-8") == text
     assert "| run | objective | ω′ trained | ω sampling |" in text
     assert "| 1 step | 4 steps |" in text
-    assert text.count("How to read") == 2
+    assert text.count("Lower is better") == 1
+    assert "glances at few pictures" in text
     line = next(line for line in text.splitlines() if line.startswith("| copies"))
-    values = pick(rows_of(out), metric="fd_classifier", run="copies", sampling_guidance=1.0)
-    shown = ["copies", "MeanFlow", "2", "none", "640", "1.5e+09", *(f"{v:.3g}" for v in values)]
+    rows = [row for row in rows_of(out) if row["run"] == "copies"]
+    rows = [r for r in rows if r["metric"] == "fd_classifier" and r["sampling_guidance"] == "1.0"]
+    shown = ["copies", "MeanFlow", "2", "none", "640", "1.5e+09"]
+    shown += [f"{float(r['value']):.3g} ± {float(r['deviation']):.2g}" for r in rows]
     assert [word.strip() for word in line.strip("|").split("|")] == shown
     assert "| flow matching | none | 3 |" in text
+
+
+def test_json_says_how_each_number_was_made(result):
+    out, _, _ = result
+    found = json.loads((out / "results.json").read_text())
+    assert [str(row["value"]) for row in found["rows"]] == [r["value"] for r in rows_of(out)]
+    assert found["plan"]["num_samples"] == 130
+    assert {"jax", "numpy"} <= found["versions"].keys()
+    assert len({row["reference_fingerprint"] for row in found["rows"]}) == 1
 
 
 def test_all_pictures_are_there_and_nothing_half_done(result):
@@ -223,8 +279,13 @@ def test_all_pictures_are_there_and_nothing_half_done(result):
     cells = [
         f"samples_{r}_{s}_g{w}.png" for r in ("copies", "static") for s in (1, 4) for w in (1, 3)
     ]
-    results = ["results.csv", "results.md", "results.png", "samples.png"]
+    results = ["results.csv", "results.json", "results.md", "results.png", "samples.png", "cells"]
     assert sorted(path.name for path in out.iterdir()) == sorted(cells + results)
+    assert {path.suffix for path in (out / "cells").iterdir() if path.is_file()} == {
+        ".json",
+        ".npz",
+    }
+    assert not list((out / "cells" / "work").iterdir())  # of what was interrupted
 
 
 def test_batch_size_changes_no_row(real, tmp_path, cache):
@@ -234,25 +295,33 @@ def test_batch_size_changes_no_row(real, tmp_path, cache):
     tables = []
     for size in (7, 64):
         run = Fake(mixture)
-        evaluate({"run": run}, Plan((2,), num_samples=65, batch_size=size), tmp_path, cache)
+        plan = PLAN._replace(steps=(2,), num_samples=65, batch_size=size)
+        evaluate({"run": run}, plan, tmp_path / str(size), cache)
         assert {len(indices) for *_, indices in run.calls} == {size}
-        tables.append(rows_of(tmp_path))
+        tables.append(rows_of(tmp_path / str(size)))
     values = [[float(row.pop("value")) for row in table] for table in tables]
+    deviations = [[float(row.pop("deviation") or 0) for row in table] for table in tables]
     assert tables[0] == tables[1]
     np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
+    np.testing.assert_allclose(deviations[0], deviations[1], rtol=1e-3)
 
 
 def test_a_failing_call_leaves_older_results_alone(real, tmp_path, cache, monkeypatch):
-    evaluate({"run": Fake(real)}, Plan((1,), num_samples=20), tmp_path, cache)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    plan = PLAN._replace(steps=(1,), num_samples=20)
+    evaluate({"run": Fake(real)}, plan, tmp_path, cache)
+    before = contents(tmp_path)
 
     def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(report.figures, "save_mosaic", fail)  # what is drawn last
     with pytest.raises(OSError, match="disk full"):
-        evaluate({"run": Fake(noise)}, Plan((1,), num_samples=20), tmp_path, cache)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        evaluate({"run": Fake(noise, "flow_matching")}, plan, tmp_path, cache)
+    assert contents(tmp_path) == before
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_samples_stand_under_their_step_count(tmp_path, cache, monkeypatch):
@@ -261,7 +330,8 @@ def test_samples_stand_under_their_step_count(tmp_path, cache, monkeypatch):
 
     drawn = []
     monkeypatch.setattr(report.figures, "save_mosaic", lambda _, *drawing: drawn.append(drawing))
-    evaluate({"run": Fake(grey)}, Plan((8, 1), num_samples=20), tmp_path, cache)
+    plan = PLAN._replace(steps=(8, 1), num_samples=20)
+    evaluate({"run": Fake(grey)}, plan, tmp_path, cache)
     ((tiles,), names) = drawn[0]
     assert names == ["MeanFlow"]
     assert [tile.title for tile in tiles] == ["1 step", "8 steps"]
@@ -270,15 +340,6 @@ def test_samples_stand_under_their_step_count(tmp_path, cache, monkeypatch):
         assert rows.tolist() == [10 * label + steps for label in range(10)]
         single = Image.open(tmp_path / f"samples_run_{steps}.png")
         assert single.getpixel((26, 76)) == 10 + steps
-
-
-def test_bootstrap_draws_with_replacement_and_anew_each_time(digits):
-    group = sweep.Group(digits, {}, Plan((1,)))
-    draws = [np.concatenate(list(sweep._bootstrap(group, 1617, repeat))) for repeat in (0, 1)]
-    assert len(draws[0]) == len(draws[1]) == len(digits.train) == 1617
-    assert not np.array_equal(*draws)
-    distinct = len(np.unique(draws[0].reshape(1617, -1), axis=0)) / 1617
-    assert distinct == pytest.approx(1 - np.exp(-1), abs=0.04)
 
 
 # Points.
@@ -299,7 +360,8 @@ def plane(tmp_path_factory):
         "moons_fm": Fake(points(9.0), "flow_matching", "two_moons"),
         "board_mf": Fake(points(1.0), "mean_flow", "checkerboard"),
     }
-    return out, evaluate(runs, Plan((1, 8), num_samples=500, batch_size=128), out)
+    plan = PLAN._replace(steps=(1, 8), num_samples=500, batch_size=128)
+    return out, evaluate(runs, plan, out)
 
 
 def test_points_are_measured_by_sliced_wasserstein(plane):
@@ -315,7 +377,9 @@ def test_points_are_measured_by_sliced_wasserstein(plane):
     assert max(floors) < near
     assert "as many held-out points of checkerboard" in text
     assert sorted(path.name for path in out.iterdir()) == [
+        "cells",
         "results.csv",
+        "results.json",
         "results.md",
         "results.png",
         "samples.png",
@@ -325,7 +389,7 @@ def test_points_are_measured_by_sliced_wasserstein(plane):
 def test_more_points_than_are_held_out_is_an_error(tmp_path):
     run = Fake(points(1.0), dataset_name="two_moons")
     with pytest.raises(UserError, match="num_samples=20000 or less"):
-        evaluate({"run": run}, Plan((1,), num_samples=20_001), tmp_path)
+        evaluate({"run": run}, PLAN._replace(num_samples=20_001), tmp_path)
 
 
 # Mistakes.
@@ -334,37 +398,46 @@ def test_more_points_than_are_held_out_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"steps": ()}, "--steps"),
+        ({"steps": ()}, "--steps is empty"),
         ({"steps": (1, 0)}, "--steps=0"),
-        ({"guidance": ()}, "--guidance"),
-        ({"num_samples": 1}, "--num_samples=1"),
+        ({"guidance": ()}, "--guidance is empty"),
+        ({"guidance": (float("nan"),)}, "finite numbers"),
+        ({"guidance_interval": ("0.5",)}, "LOW:HIGH within 0:1"),
+        ({"guidance_interval": ("0.8:0.2",)}, "LOW:HIGH within 0:1"),
+        ({"num_samples": 1}, "one sample has no spread"),
+        ({"num_samples": -1}, "--num_samples=-1: at least 0"),
         ({"batch_size": 0}, "--batch_size=0"),
-        ({"seed": -1}, "--seed=-1"),
+        ({"seed": (-1,)}, "--seed=-1"),
+        ({"sampler": ("eulr",)}, "--sampler=eulr: there are meanflow, euler, heun"),
+        ({"features": ("vgg",)}, "--features=vgg: there are inception"),
+        ({"metrics": ("fud",)}, "--metrics=fud: there are fid"),
+        ({"metrics": ("sfid",)}, "sfid is defined by Inception"),
+        ({"protocol": ("tf",)}, "--protocol=tf: classifier has none"),
+        ({"weights": ("a", "b")}, "2 files for 1 features"),
+        ({"samples": ("pictures",)}, "do not go together"),
+        ({"workdir": ()}, "--workdir=FOLDER of a run, or --samples"),
+        ({"workdir": (), "samples": ("pictures",)}, "give --reference=FOLDER"),
+        ({"expires": 1}, "--expires=1: at least 10"),
     ],
 )
 def test_impossible_plans_are_refused_before_anything_is_sampled(change, words, tmp_path):
     run = Fake(noise)
     with pytest.raises(UserError, match=words):
-        evaluate({"run": run}, Plan((1,))._replace(**change), tmp_path / "new")
+        evaluate({"run": run}, PLAN._replace(**change), tmp_path / "new")
     assert not run.calls
     assert not (tmp_path / "new").exists()
-
-
-def test_no_run_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="--workdir"):
-        evaluate({}, Plan((1,)), tmp_path)
 
 
 def test_pictures_of_different_data_sets_share_no_table(tmp_path):
     runs = {"a": Fake(noise), "b": Fake(noise, dataset_name="two_moons")}
     with pytest.raises(UserError, match="a on digits, b on two_moons"):
-        evaluate(runs, Plan((1,)), tmp_path)
+        evaluate(runs, PLAN, tmp_path)
 
 
 def test_data_that_the_run_was_not_trained_on_is_an_error(tmp_path, digits):
     run = Fake(noise, dataset="digits 000000000000")
     with pytest.raises(UserError, match="was trained on digits 0000"):
-        evaluate({"run": run}, Plan((1,)), tmp_path)
+        evaluate({"run": run}, PLAN, tmp_path)
 
 
 # The command.
@@ -372,11 +445,11 @@ def test_data_that_the_run_was_not_trained_on_is_an_error(tmp_path, digits):
 
 def test_runs_are_named_by_their_folders_as_short_as_can_be(tmp_path):
     folders = [tmp_path / name for name in ("a/mean_flow", "b/mean_flow", "a/flow_matching")]
-    names = sweep.run_names([*folders, folders[0]])  # twice the same run is one run
+    names = runs.run_names([*folders, folders[0]])  # twice the same run is one run
     assert list(names) == ["a_mean_flow", "b_mean_flow", "flow_matching"]
     assert list(names.values()) == folders
     with pytest.raises(UserError, match="rename one"):
-        sweep.run_names([tmp_path / "x/a/mean_flow", tmp_path / "y/a/mean_flow"])
+        runs.run_names([tmp_path / "x/a/mean_flow", tmp_path / "y/a/mean_flow"])
 
 
 def call(*flags) -> subprocess.CompletedProcess:
@@ -395,7 +468,6 @@ def test_the_command_measures_exported_runs(tmp_path):
     done = call(*flags, "--steps=1,3", "--num_samples=50", f"--out={out}")
     assert done.returncode == 0, done.stderr
     assert "a_mean_flow" in done.stdout
-    assert "sample/s" in done.stderr
     rows = rows_of(out)
     assert [r["run"] for r in rows[:4]] == ["a_mean_flow"] * 2 + ["b_mean_flow"] * 2
     assert [r["nfe"] for r in rows[:4]] == ["1", "3", "1", "3"]

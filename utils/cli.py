@@ -9,7 +9,9 @@ command line wins over every preset.
 import contextlib
 import difflib
 import pathlib
+import re
 import sys
+import typing
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -36,6 +38,64 @@ def define_run_flags() -> tuple[flags.FlagHolder, flags.FlagHolder]:
     return config, flags.DEFINE_string(
         "workdir", "", "Folder of the run; default runs/DATASET/OBJECTIVE."
     )
+
+
+def define_flags(options: type) -> None:
+    """Defines a flag per field of a NamedTuple; its docstring's Attributes say what each is for.
+
+    Fields are bool, int, float, str, Literal, tuple[int | float | str, ...] (a list by commas), or
+    Sequence[str] (the flag may be given several times). A field without a default is a str.
+    """
+    helps = _attributes(options.__doc__ or "")
+    defaults: dict = options._field_defaults  # type: ignore[attr-defined]
+    simple: dict[type, Callable] = {
+        bool: flags.DEFINE_boolean,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+    }
+    for name, kind in typing.get_type_hints(options).items():
+        default, told = defaults.get(name, ""), helps[name]
+        if kind in simple:
+            simple[kind](name, default, told)
+        elif typing.get_origin(kind) is typing.Literal:
+            flags.DEFINE_enum(name, default, typing.get_args(kind), told)
+        elif typing.get_origin(kind) is tuple:
+            flags.DEFINE_list(name, [f"{x:g}" if x != str(x) else x for x in default], told)
+        else:
+            flags.DEFINE_multi_string(name, list(default), told)
+
+
+def read_flags(options: type):
+    """Returns the options as the command line gives them.
+
+    Raises:
+      UserError: a list of numbers that holds something else.
+    """
+    return options(
+        **{
+            name: _value(name, flags.FLAGS[name].value, kind)
+            for name, kind in typing.get_type_hints(options).items()
+        }
+    )
+
+
+def _value(name: str, value, kind):
+    if typing.get_origin(kind) is not tuple:
+        return value
+    of = typing.get_args(kind)[0]
+    try:
+        return tuple(of(word.strip()) for word in value)
+    except ValueError as error:
+        raise UserError(f"--{name}={','.join(value)}: numbers, separated by commas") from error
+
+
+def _attributes(doc: str) -> dict[str, str]:
+    """The entries below "Attributes:" of a docstring, by name."""
+    found = re.findall(
+        r"^ +(\w+): (.*(?:\n {8}.*)*)", doc.partition("Attributes:")[2], re.MULTILINE
+    )
+    return {name: " ".join(text.split()) for name, text in found}
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

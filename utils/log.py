@@ -8,6 +8,7 @@ import os
 import pathlib
 import secrets
 import sys
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -86,6 +87,31 @@ def progress(start: int, total: int, unit: str, name: str) -> tqdm:
         disable=jax.process_index() != 0,
         mininterval=0.5 if sys.stderr.isatty() else 15.0,  # a log file needs few lines
     )
+
+
+def log_table(
+    folder: pathlib.Path,
+    mode: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence],
+    pictures: Sequence[pathlib.Path],
+) -> None:
+    """Logs a table, and pictures by their names, to wandb.
+
+    Args:
+      folder: keeps wandb's own files, and the id of the run that a later call goes on with.
+      mode: online or offline.
+
+    Raises:
+      UserError: wandb is not installed, or has no key.
+    """
+    settings = {"wandb": {"mode": mode, "project": "flow", "name": folder.name}}
+    logged = _open_wandb(folder, ConfigDict(settings))
+    import wandb
+
+    logged.log({"results": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+    logged.log({path.stem: wandb.Image(str(path)) for path in pictures})
+    logged.finish()
 
 
 def _truncate(path: pathlib.Path, last_step: int) -> None:

@@ -86,8 +86,8 @@ def fetch(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def agreed(value: bool) -> bool:
+def agreed(value: int) -> int:
     """What process 0 says, on every process; all processes call it alike."""
     if jax.process_count() == 1:
         return value
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))

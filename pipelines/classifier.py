@@ -1,6 +1,6 @@
-"""Data set → a feature extractor and the reference statistics of its training split, cached.
+"""Data set → an extractor of features trained on the spot, and cached.
 
-The extractor is a small classifier trained on the data set itself, in seconds: enough to compare
+The extractor is a small classifier of the data set itself, trained in seconds: enough to compare
 runs on one data set, and no substitute for FID. Its distance is called `fd_classifier`, or
 `fd_rotation_classifier` where the data set has no labels and the classifier learns to tell the four
 rotations of a picture (Gidaris et al. 2018, arXiv 1803.07728).
@@ -19,29 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.tree_util import Partial
 
 from models.classifier import FEATURES, Classifier
+from pipelines.extractors import Extractor
 from utils import data
 from utils.cli import UserError
-from utils.fid import FeatureStats
 from utils.log import progress
 
 CHUNK = 512  # pictures per call of the extractor
-
-
-class Extractor(NamedTuple):
-    """What a Fréchet distance is measured with. Each extractor owns its resize and range."""
-
-    name: str  # the metric's name
-    protocol: str  # what a reader must know to trust the number
-    apply: Callable[[np.ndarray], np.ndarray]  # uint8 (n, H, W, C) → float32 (n, d)
-
-
-class Reference(NamedTuple):
-    """An extractor and what it says of the whole training split."""
-
-    extractor: Extractor
-    stats: FeatureStats
 
 
 class Recipe(NamedTuple):
@@ -63,10 +49,10 @@ class _Task(NamedTuple):
     prepare: Callable[[dict], tuple[np.ndarray, np.ndarray]]
 
 
-def prepare(
+def extractor(
     dataset: data.Dataset, cache_dir: str | os.PathLike, recipe: Recipe | None = None
-) -> Reference:
-    """Returns the data set's extractor and reference, from the cache or trained on the spot.
+) -> Extractor:
+    """Returns the data set's classifier, from the cache or trained on the spot.
 
     Args:
       dataset: uint8 pictures.
@@ -79,15 +65,18 @@ def prepare(
     recipe = recipe or Recipe()
     pathlib.Path(cache_dir).mkdir(parents=True, exist_ok=True)  # not after the work
     task = _task(dataset)
-    key = hashlib.sha256(repr((dataset.fingerprint, FEATURES, recipe)).encode()).hexdigest()[:16]
+    recorded = (dataset.fingerprint, FEATURES, recipe, "network and accuracy")
+    key = hashlib.sha256(repr(recorded).encode()).hexdigest()[:16]
     path = pathlib.Path(cache_dir) / f"{task.name}_{dataset.name}_{key}.npz"
     saved = _load(path)
     if saved is None:
         params = _train(dataset, task, recipe)
-        saved = params, _accuracy(params, dataset.heldout, task), _statistics(params, dataset)
-        _save(path, *saved)
-    params, accuracy, stats = saved
-    return Reference(_extractor(params, accuracy, dataset, task, recipe), stats)
+        saved = params, _accuracy(params, dataset.heldout, task)
+        if jax.process_index() == 0:
+            _save(path, *saved)
+    params, accuracy = saved
+    words = _words(accuracy, dataset, task, recipe)
+    return Extractor(task.name, "", words, key[:12], Partial(_pooled, params), {"pool": FEATURES})
 
 
 def _task(dataset: data.Dataset) -> _Task:
@@ -108,14 +97,18 @@ def _rotations(batch: dict) -> tuple[np.ndarray, np.ndarray]:
     return turned, np.repeat(np.arange(4, dtype=np.int32), len(x))
 
 
-def _extractor(params, accuracy, dataset, task: _Task, recipe: Recipe) -> Extractor:
+def _words(accuracy: float, dataset: data.Dataset, task: _Task, recipe: Recipe) -> str:
     told = "telling four rotations" if task.prepare is _rotations else "telling its classes"
     learnt = "no held-out split" if np.isnan(accuracy) else f"held-out accuracy {accuracy:.3f}"
-    protocol = (
+    return (
         f"{FEATURES} features of a small convolutional classifier, trained for {recipe.steps} steps"
         f" on the training split of {dataset.name} at {told} ({learnt}); not FID"
     )
-    return Extractor(f"fd_{task.name}", protocol, lambda x: np.asarray(_apply(params, x)[0]))
+
+
+def _pooled(params, pictures) -> dict[str, jax.Array]:
+    """`Extractor.apply`: the features of uint8 pictures (n, H, W, C)."""
+    return {"pool": _apply(params, pictures)[0]}
 
 
 @jax.jit
@@ -181,16 +174,7 @@ def _accuracy(params, heldout, task: _Task) -> float:
     return right / total if total else float("nan")
 
 
-def _statistics(params, dataset: data.Dataset) -> FeatureStats:
-    stats = FeatureStats.empty(FEATURES)
-    with progress(0, len(dataset.train), "picture", f"reference of {dataset.name}") as bar:
-        for chunk in data.chunks(dataset.train, CHUNK):
-            stats = stats.update(np.asarray(_apply(params, chunk["x"])[0]))
-            bar.update(len(chunk["x"]))
-    return stats
-
-
-def _save(path: pathlib.Path, params, accuracy: float, stats: FeatureStats) -> None:
+def _save(path: pathlib.Path, params, accuracy: float) -> None:
     """Writes beside `path`, then renames: a run that is cut short leaves no half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
@@ -198,11 +182,11 @@ def _save(path: pathlib.Path, params, accuracy: float, stats: FeatureStats) -> N
     }
     part = path.with_suffix(f".{os.getpid()}.part")
     with part.open("wb") as file:
-        np.savez(file, **stats._asdict(), **arrays, accuracy=np.float64(accuracy))
+        np.savez(file, **arrays, accuracy=np.float64(accuracy))
     part.replace(path)
 
 
-def _load(path: pathlib.Path) -> tuple[dict, float, FeatureStats] | None:
+def _load(path: pathlib.Path) -> tuple[dict, float] | None:
     """Reads what `_save` wrote; None, and a line that says so, where the file is damaged."""
     if not path.exists():
         return None
@@ -210,9 +194,8 @@ def _load(path: pathlib.Path) -> tuple[dict, float, FeatureStats] | None:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = dict(file)
         accuracy = float(arrays.pop("accuracy"))
-        stats = FeatureStats(*(arrays.pop(name) for name in FeatureStats._fields))
         params = unflatten_dict({name: jnp.asarray(a) for name, a in arrays.items()}, sep="/")
-        return params, accuracy, stats._replace(count=int(stats.count))
+        return {"params": params["params"]}, accuracy
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         print(f"{path} is damaged ({error}): computing it again", file=sys.stderr)
         return None

@@ -1,0 +1,135 @@
+"""Runs as an evaluation meets them: by name, their checkpoints and averages loaded when used."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from pipelines.flow import NO_EMA, WEIGHTS, FlowPipeline, saved_checkpoints
+from utils.cli import UserError, flatten
+
+# What may change between the parts of a run; everything else makes it another run.
+FREE = (
+    *(
+        "data_dir",
+        "autoencoder",
+        "cache",
+        "max_steps",
+        "log_interval",
+        "eval_interval",
+        "save_interval",
+    ),
+    *("keep_checkpoints", "tensorboard", "model.remat", "model.unroll"),
+    *("mesh.", "sample.", "fid.", "wandb."),
+)
+LATEST, ALL = "latest", "all"
+
+
+@dataclass
+class Run:
+    """A run's folder, or an exported model's.
+
+    Attributes:
+      name: what tables call it.
+      pipeline: config, card and network, around no parameters.
+    """
+
+    name: str
+    path: pathlib.Path
+    pipeline: FlowPipeline
+    _loaded: dict = field(default_factory=dict)  # the last pipeline that was asked for
+    _identities: dict = field(default_factory=dict)
+
+    def checkpoints(self, asked: Iterable[str]) -> tuple[int, ...]:
+        """The steps that are asked for: numbers, "latest" or "all".
+
+        Raises:
+          UserError: one that is not there.
+        """
+        steps = self._steps()
+        found: set[int] = set()
+        for word in asked:
+            if word not in (LATEST, ALL) and word not in map(str, steps):
+                there = ", ".join(map(str, steps))
+                raise UserError(f"{self.path} has no checkpoint {word}: there are {there}, or all")
+            found |= set(steps) if word == ALL else {steps[-1] if word == LATEST else int(word)}
+        return tuple(sorted(found))
+
+    def average(self, asked: str) -> str:
+        """The name of the average that is asked for: a decay, "none", or "" for the run's own."""
+        own = str(self.pipeline.config.ema.decay)
+        if self._exported:
+            if asked:
+                raise UserError(f"{self.path} was exported and holds one average: leave --ema out")
+            return own
+        if asked in ("", NO_EMA, own):
+            return asked or own
+        raise UserError(f"{self.path} holds no average of decay {asked}: there are {own}, {NO_EMA}")
+
+    def load(self, step: int, ema: str) -> FlowPipeline:
+        """The pipeline around a checkpoint's parameters; nothing is compiled again."""
+        if (step, ema) not in self._loaded:
+            self._loaded.clear()  # before the next is read: memory holds one
+            at = (None, "") if self._exported else (step, ema)
+            self._loaded[step, ema] = self.pipeline.load(self.path, step=at[0], ema=at[1])
+        return self._loaded[step, ema]
+
+    def identity(self, step: int) -> str:
+        """Names exactly the weights at a step and all of the config that samples depend on."""
+        if step not in self._identities:
+            self._identities[step] = self._identity(step)
+        return self._identities[step]
+
+    def _identity(self, step: int) -> str:
+        config = flatten(self.pipeline.config)
+        kept = {k: v for k, v in config.items() if not k.startswith(FREE)}
+        stamp = self._stamp(step)
+        card = {k: self.pipeline.card.get(k) for k in ("dataset", "autoencoder", "shape")}
+        text = json.dumps([kept, card, stamp], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def _exported(self) -> bool:
+        return (self.path / WEIGHTS).exists()
+
+    def _steps(self) -> tuple[int, ...]:
+        if self._exported:
+            return (int(self.pipeline.card.get("train_steps") or 0),)
+        with saved_checkpoints(self.path) as checkpoints:
+            return checkpoints.steps
+
+    def _stamp(self, step: int) -> str:
+        """What no other weights have: a checkpoint's times of writing, a file's content."""
+        if not self._exported:
+            # Copied with the checkpoint, and another one for a run that was trained anew.
+            return (self.path / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").read_text()
+        with (self.path / WEIGHTS).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_runs(folders: Iterable[str], autoencoder: str = "") -> dict[str, Run]:
+    """The runs in `folders`, by the names of `run_names`; no parameters are read yet.
+
+    Args:
+      autoencoder: of runs on latents; empty: the one that each names.
+    Raises:
+      UserError: a folder that holds no run, or two of one name.
+    """
+    names = run_names(folders).items()
+    return {name: Run(name, path, FlowPipeline.describe(path, autoencoder)) for name, path in names}
+
+
+def run_names(folders: Iterable[str]) -> dict[str, pathlib.Path]:
+    """Names runs by their folders, and by the folders above too where these are alike.
+
+    Raises:
+      UserError: runs that would still be of one name.
+    """
+    paths = list(dict.fromkeys(pathlib.Path(folder).expanduser().resolve() for folder in folders))
+    short = [path.name for path in paths]
+    full = ["_".join(path.parts[-2:]) for path in paths]
+    names = [s if short.count(s) == 1 else f for s, f in zip(short, full, strict=True)]
+    if len(set(names)) < len(names):
+        raise UserError(f"runs of one name cannot share a table: {', '.join(full)}; rename one")
+    return dict(zip(names, paths, strict=True))
