@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,7 @@ def test_nothing_remains(tmp_path):
 # What a killed process leaves: it saves every 10 pictures and dies at any moment.
 KILLED = """
 import sys
+import tracemalloc
 from pathlib import Path
 import numpy as np
 from utils import tally
@@ -219,3 +221,16 @@ def test_a_killed_process_is_continued(tmp_path):
     fresh = Tally.open(tmp_path / "fresh", TOTAL)
     feed(fresh, features)
     assert_same(left, fresh)
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
+    def peak(total: int) -> int:
+        features, t = made(total=total), Tally.open(tmp_path / str(total), total)
+        tracemalloc.start()
+        feed(t, features, total, batch=8)
+        t.save()
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    assert peak(16_000) < 1.2 * peak(1000)  # the features alone would be 384 kB

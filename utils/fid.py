@@ -267,14 +267,14 @@ def kernel_distance(
         raise ValueError(f"two features or more of one dimension: {x.shape}, {y.shape}")
     rng = np.random.default_rng(seed)
     values = [_discrepancy(_drawn(rng, x, size), _drawn(rng, y, size)) for _ in range(subsets)]
-    for side in (x, y):
-        _forget(side)
     return float(np.mean(values)), float(np.std(values))
 
 
 def _drawn(rng: np.random.Generator, x: np.ndarray, size: int) -> np.ndarray:
     # In the file's order: the estimate is symmetric in the rows, a disk is not.
-    return np.asarray(x[np.sort(rng.choice(len(x), size, replace=False))], np.float64)
+    rows = np.asarray(x[np.sort(rng.choice(len(x), size, replace=False))], np.float64)
+    _forget(x)
+    return rows
 
 
 def _discrepancy(x: np.ndarray, y: np.ndarray) -> float:

@@ -98,14 +98,14 @@ def write(
     arrays: dict[str, Any] = {"mu": pool.mean, "sigma": pool.cov, "count": np.int64(pool.count)}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.cov}
-    if features is not None:
-        arrays["features"] = np.asanyarray(features, "<f4")
     arrays["about"] = np.array(json.dumps({"count": int(pool.count)} | dict(about or {})))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
+        if features is not None:
+            _append(part, features)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -130,6 +130,18 @@ def check_dimension(
         raise UserError(
             f"{path} holds statistics of {here} features, {extractor} has {dimension}: {mend}"
         )
+
+
+def _append(path: Path, features: np.ndarray) -> None:
+    """Adds the features to an `.npz`, stored; np.savez would touch all of a memory map at once."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": features.shape}
+    with (
+        zipfile.ZipFile(path, "a") as archive,
+        archive.open("features.npy", "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows in blocks(features, _ROWS):
+            file.write(rows.astype("<f4").tobytes())
 
 
 # Reading.

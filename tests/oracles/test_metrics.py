@@ -37,7 +37,7 @@ def sides(n: int, m: int, d: int) -> tuple[np.ndarray, np.ndarray]:
     """Samples and real features: above 0 and unevenly spread, as those after a ReLU."""
     rng = np.random.default_rng((n, m, d))
     spread = np.exp(-np.linspace(0, 5, d))
-    x, y = (np.abs(rng.normal(a, 1, size=(k, d))) * spread for k, a in ((n, 0.3), (m, 0.2)))
+    x, y = (np.abs(rng.normal(a, 1, size=(k, d))) * spread for k, a in ((n, 1.0), (m, 0.2)))
     return x.astype(np.float32), y.astype(np.float32)
 
 
@@ -60,7 +60,9 @@ def test_inception_score(theirs):
 
 
 def test_kernel_distance(theirs, monkeypatch):
-    monkeypatch.setattr(np.random, "RandomState", np.random.default_rng)  # the same subsets
+    random = types.SimpleNamespace(RandomState=np.random.default_rng)  # the same subsets as ours
+    theirs_np = types.SimpleNamespace(**vars(np) | {"random": random})
+    monkeypatch.setattr(theirs["kid"], "np", theirs_np)
     x, y = sides(300, 250, 64)
     options = {"kid_subsets": 20, "kid_subset_size": 100, "rng_seed": 3, "verbose": False}
     tensors = (torch.tensor(side).double() for side in (x, y))
@@ -76,7 +78,7 @@ def test_precision_and_recall(theirs, neighbours):
     tensors = (torch.tensor(side).double() for side in (x, y))
     expected = theirs["prc"].prc_features_to_metric(*tensors, verbose=False, **options)
     precision, recall = fid.precision_recall(x, y, neighbours)
-    assert 0.1 < recall < 0.95
+    assert 0.1 < min(precision, recall) < 0.9
     # A few pairs may lie within rounding of a radius.
     assert (precision, recall) == pytest.approx(
         (expected["precision"], expected["recall"]), abs=2 / 700
