@@ -8,12 +8,12 @@ objectives := flow_matching mean_flow
 steps := 1,2,4,8,16,32
 MNIST ?= configs/mnist.py:small
 
-# compare CONFIG, FOLDER, FLAGS: trains both methods, then measures them by step count.
+# compare CONFIG, FOLDER: trains both methods, then measures them by step count.
 define compare
 $(py) train_flow.py --config=$(1) --workdir=$(2)/flow_matching
 $(py) train_meanflow.py --config=$(1) --workdir=$(2)/mean_flow
 $(py) eval_fid.py --workdir=$(2)/flow_matching --workdir=$(2)/mean_flow \
-    --steps=$(steps) --out=$(2) $(3)
+    --steps=$(steps) --features=classifier --metrics=fid,nearest --num_samples=2000 --out=$(2)
 endef
 
 .PHONY: help demo toys mnist test oracles lint setup pins clean
@@ -22,7 +22,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
 
 demo: $(venv) ## trains both methods on the embedded digits and compares them by step count
-	$(call compare,configs/digits.py,runs/demo,--num_samples=2000)
+	$(call compare,configs/digits.py,runs/demo)
 
 toys: $(toys:%=%-runs) ## the same on six distributions in the plane, in one figure
 	$(py) eval_fid.py --steps=1,32 --num_samples=10000 --out=runs/toys \

@@ -10,7 +10,7 @@ As latents of an autoencoder, at 256 pixels unless --image_size says otherwise t
   python train_flow.py --config=configs/folder.py:latents --data_dir=data/pictures
   python train_meanflow.py --config=configs/folder.py:latents --data_dir=data/pictures
   python eval_fid.py --workdir=runs/folder/flow_matching --workdir=runs/folder/mean_flow \
-      --steps=1,2,4,32 --out=runs/folder
+      --steps=1,2,4,32 --out=runs/folder    # FID-50K; a quick look: --num_samples=2000
 """
 
 from ml_collections import ConfigDict

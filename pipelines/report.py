@@ -136,10 +136,11 @@ def _main(section: Section) -> list[Row]:
 
 
 def _tables(section: Section) -> str:
-    return "\n".join(
+    tables = [
         _protocol_tables(section, protocol, rows)
         for protocol, rows in _protocols(_all_rows(section)).items()
-    )
+    ]
+    return "\n".join([*tables, *(f"Warning: {words}.\n" for words in section.warnings)])
 
 
 def _protocol_tables(section: Section, protocol: Protocol, rows: list[Row]) -> str:
@@ -214,9 +215,10 @@ def _by_metric(rows: list[Row], metrics: list[str]) -> str:
 def _columns(rows: list[Row]) -> list[str]:
     """The columns that tell lines apart, and those that a reader always wants."""
     sampled = [row for row in rows if row.steps is not None]
-    differ = [c for c in LINE if len({getattr(row, c) for row in sampled}) > 1]
+    runs = [[r for r in sampled if r.run == run] for run in dict.fromkeys(r.run for r in sampled)]
+    differ = [c for c in LINE if any(len({getattr(r, c) for r in run}) > 1 for run in runs)]
     wanted = [c for c in LINE if c in differ or c in ALWAYS] if sampled else ["run"]
-    return [c for c in wanted if c != "train_steps" or "train_steps" in differ]
+    return wanted
 
 
 def _cell(row: Row, column: str) -> str:

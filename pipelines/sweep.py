@@ -8,6 +8,7 @@ functions of (seed, its index): batches, devices and hosts change nothing.
 
 import itertools
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ class Section(NamedTuple):
     real: list[Row]  # about real data, and about pictures made elsewhere
     samples: dict[Cell, np.ndarray]  # pictures of a grid, or all points
     target: np.ndarray | None  # real points beside them
+    warnings: list[str]
 
 
 def run(plan: Plan) -> list[Section]:
@@ -87,6 +89,8 @@ def measure_runs(runs: dict[str, Run], plan: Plan) -> list[Section]:
         for members, stick in groups.group_runs(runs, plan)
     ]
     cells, claims = _place(plan)
+    for group in grouped:
+        _warn(group.yardstick, _count(group))
     samples = sum(_count(group) * len(_open(cells, group)) for group in grouped)
     with progress(0, samples, "sample", "samples") as bar:
         for group in grouped:
@@ -107,6 +111,7 @@ def measure_samples(plan: Plan) -> list[Section]:
         name_of([name, f"n{n}"], {"pictures": samples.fingerprint, "n": n})
         for (name, samples, _), n in zip(found, counts, strict=True)
     ]
+    _warn(stick, min(counts))
     with progress(0, sum(counts), "picture", "samples") as bar:
         jobs = [
             _samples_job(cells, file, stick, samples, name, n, bar)
@@ -119,7 +124,7 @@ def measure_samples(plan: Plan) -> list[Section]:
         return []
     rows = [row for name in names for key in stick.keys for row in cells.rows(name)[key]]
     rows += [row for n in dict.fromkeys(counts) for row in stick.rows(cells, n)]
-    return [Section(stick.title, [], {}, rows, {}, None)]
+    return [Section(stick.title, [], {}, rows, {}, None, stick.warnings(min(counts)))]
 
 
 def _samples_job(
@@ -134,6 +139,11 @@ def _samples_job(
             cells.clear(file)
 
     return Job(file, lambda: set(stick.keys) <= cells.rows(file).keys(), work)
+
+
+def _warn(stick: Yardstick, n: int) -> None:
+    for words in stick.warnings(n) if jax.process_index() == 0 else []:
+        print(f"warning: {words}", file=sys.stderr)
 
 
 def _place(plan: Plan) -> tuple[Cells, Claims]:
@@ -155,6 +165,7 @@ def _section(cells: Cells, group: Group) -> Section:
         real=stick.rows(cells, _count(group)),
         samples=samples,
         target=stick.target(_count(group)),
+        warnings=stick.warnings(_count(group)),
     )
 
 

@@ -79,6 +79,9 @@ class Yardstick(Protocol):
     def target(self, n: int) -> np.ndarray | None:
         """Real points, where samples are points."""
 
+    def warnings(self, n: int) -> list[str]:
+        """What makes numbers of n samples less than they seem."""
+
 
 def trained_on(dataset: data.Dataset) -> str:
     """The reference of distances to the training split."""
@@ -182,6 +185,15 @@ class PictureYardstick:
 
     def target(self, n: int) -> None:
         return None
+
+    def warnings(self, n: int) -> list[str]:
+        return [
+            f"N = {n:,} samples are too few for the {e.widths['pool']:,} features of {e.name}: "
+            "their covariance is singular, and the distance is mostly the bias of a small N; take "
+            f"--num_samples={2 * e.widths['pool']} or more"
+            for e in self.extractors
+            if n <= e.widths["pool"] and "fid" in wanted_metrics(self.plan, e)
+        ]
 
     # Real pictures.
 
@@ -384,6 +396,9 @@ class PointYardstick:
 
     def rows(self, cells: Cells, n: int) -> list[Row]:
         return cells.rows(self._draws_name(n))[self.keys[0]]
+
+    def warnings(self, n: int) -> list[str]:
+        return []
 
     def target(self, n: int) -> np.ndarray:
         return data.arrays(self.dataset.heldout, range(n))["x"]
