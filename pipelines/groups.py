@@ -1,5 +1,6 @@
 """What can be compared: runs by data set, pictures made elsewhere, and the yardstick of each."""
 
+import dataclasses
 import pathlib
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from pipelines import classifier, extractors, measure, reference
 from pipelines.extractors import Extractor
 from pipelines.flow import FlowPipeline
 from pipelines.measure import Reference
-from pipelines.plan import CLASSIFIER, Plan, wanted_metrics
+from pipelines.plan import CLASSIFIER, FEWEST, Plan, wanted_metrics
 from pipelines.runs import Run
 from pipelines.yardsticks import PictureYardstick, PointYardstick, Yardstick, trained_on
 from utils import data
@@ -97,7 +98,7 @@ def of_samples(plan: Plan) -> list[tuple[str, Samples, Yardstick]]:
             f"--samples of one name cannot share a table: {', '.join(names)}; rename one"
         )
     for (path, samples), n in zip(found, [plan.num_samples] * len(found), strict=True):
-        if len(samples.source) < max(n, 2):
+        if len(samples.source) < max(n, FEWEST):
             raise UserError(
                 f"{path} holds {len(samples.source)} pictures: --num_samples={n} needs as many"
             )
@@ -168,7 +169,7 @@ def _references(plan: Plan, chosen: Sequence[Extractor], shape: Sequence[int]) -
     stats = [reference.of_file(path, one, shape[0]) for one in chosen]
     if not seen:
         return stats
-    return [s._replace(features=p.features) for s, p in zip(stats, seen, strict=True)]
+    return [dataclasses.replace(s, features=p.features) for s, p in zip(stats, seen, strict=True)]
 
 
 def _of_pictures(

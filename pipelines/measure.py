@@ -4,6 +4,8 @@ One pass over the pictures serves all extractors and all metrics. Features are c
 devices; process 0 keeps the sums, on the host in float64, and continues from them when interrupted.
 """
 
+import dataclasses
+import functools
 import pathlib
 import shutil
 import time
@@ -29,7 +31,8 @@ SAVE_SECONDS = 120.0  # between two saves of a tally: as much work is lost at mo
 BOOTSTRAP = "bootstrap of the samples"
 
 
-class Reference(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reference:
     """What samples are compared with."""
 
     pool: FeatureStats | Gaussian
@@ -37,6 +40,17 @@ class Reference(NamedTuple):
     features: np.ndarray | None  # (n, d) float32, at random access; of some of the pictures
     words: str
     fingerprint: str
+
+    @functools.cached_property
+    def pool_root(self) -> np.ndarray:
+        """`fid.root`, which takes most of a distance's time and serves all cells."""
+        return fid.root(self.pool)
+
+    @functools.cached_property
+    def spatial_root(self) -> np.ndarray:
+        """The same of the spatial features."""
+        assert self.spatial is not None
+        return fid.root(self.spatial)
 
 
 class Batch(NamedTuple):
@@ -201,16 +215,18 @@ Number = tuple[float, float | None, str]
 
 
 def _fid(tallied: Tally, reference: Reference, bootstrap: int, seed: int) -> list[Number]:
-    value = fid.frechet_distance(tallied.stats["pool"], reference.pool)
+    root = reference.pool_root
+    value = fid.frechet_distance(tallied.stats["pool"], reference.pool, root)
     if not bootstrap:
         return [(value, None, "")]
-    deviation = fid.bootstrap_deviation(tallied.features, reference.pool, bootstrap, seed)
+    deviation = fid.bootstrap_deviation(tallied.features, reference.pool, bootstrap, seed, root)
     return [(value, deviation, BOOTSTRAP)]
 
 
 def _sfid(tallied: Tally, reference: Reference, *_) -> list[Number]:
     assert reference.spatial is not None
-    return [(fid.frechet_distance(tallied.stats["spatial"], reference.spatial), None, "")]
+    spatial, root = tallied.stats["spatial"], reference.spatial_root
+    return [(fid.frechet_distance(spatial, reference.spatial, root), None, "")]
 
 
 def _is(tallied: Tally, *_) -> list[Number]:

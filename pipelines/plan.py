@@ -12,6 +12,7 @@ CLASSIFIER = "classifier"
 FEATURES = (*extractors.PROTOCOLS, CLASSIFIER)
 METRICS = (*measure.PARTS, "nearest")
 DEFAULT_METRICS = tuple(measure.PARTS)  # as far as the features serve them
+FEWEST = 4  # samples that any metric can do with: recall looks for the third neighbour
 FEW = 10_000  # samples below which a FID is a glance, not a result
 
 Interval = tuple[float, float]
@@ -119,8 +120,10 @@ def _check_numbers(plan: Plan) -> None:
             raise UserError(f"--{name}={getattr(plan, name)}: at least {low}")
     if min(plan.steps) < 1:
         raise UserError(f"--steps={min(plan.steps)}: at least 1")
-    if plan.num_samples == 1 or plan.bootstrap == 1:
-        raise UserError("one sample has no spread: give --num_samples=2000, --bootstrap=10 or 0")
+    if 0 < plan.num_samples < FEWEST:
+        raise UserError(f"--num_samples={plan.num_samples}: at least {FEWEST}, and 2000 say more")
+    if plan.bootstrap == 1:
+        raise UserError("--bootstrap=1: one draw has no spread, 10 have one; 0 for none")
     for seed in plan.seed:
         if not 0 <= seed < 2**31:
             raise UserError(f"--seed={seed}: from 0 to {2**31 - 1}")

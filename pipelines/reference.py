@@ -15,6 +15,7 @@ from pipelines import measure
 from pipelines.extractors import Extractor
 from pipelines.jobs import Job, work_off
 from pipelines.measure import Reference
+from pipelines.plan import FEWEST
 from utils import statistics
 from utils.claims import Claims
 from utils.cli import UserError
@@ -46,7 +47,7 @@ def of_pictures(
       The references; on processes other than the first they are empty ones.
     """
     cache, total = pathlib.Path(cache_dir), len(source)
-    if total < 2:
+    if total < FEWEST:
         raise UserError(f"{words}: {total} pictures are too few to compare with")
     kept = _kept(total)
     missing = [e for e in extractors if not _whole(cache, e, identity, total, kept)]

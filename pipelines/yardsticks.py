@@ -21,7 +21,7 @@ from pipelines.extractors import Extractor
 from pipelines.flow import check_finite
 from pipelines.jobs import Job
 from pipelines.measure import Batch, Measure, Reference
-from pipelines.plan import PICTURES, POINTS, Plan, wanted_metrics
+from pipelines.plan import FEWEST, PICTURES, POINTS, Plan, wanted_metrics
 from utils import data, distances, fid, samples
 from utils.fid import FeatureStats
 from utils.log import progress
@@ -199,9 +199,9 @@ class PictureYardstick:
 
     @property
     def _heldout(self) -> Any:
-        """The held-out pictures; nothing where there are too few."""
+        """The held-out pictures; nothing where they are too few for any metric."""
         held = self.dataset.heldout if self.dataset else ()
-        return held if len(held) > 1 else ()
+        return held if len(held) >= FEWEST else ()
 
     @property
     def _heldout_name(self) -> str:
@@ -304,7 +304,7 @@ def _draws_fact(extractor: Extractor, against: Reference, n: int) -> Facts:
         stats = FeatureStats.empty(features.shape[1])
         for start in range(0, n, CHUNK):
             stats = stats.update(features[rows[start : start + CHUNK]])
-        values.append(fid.frechet_distance(stats, against.pool))
+        values.append(fid.frechet_distance(stats, against.pool, against.pool_root))
     spread = Measure(
         measure.metric_names("fid", extractor)[0],
         float(np.mean(values)),

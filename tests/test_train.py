@@ -292,3 +292,15 @@ def test_waiting_for_data_counts_where_the_devices_have_nothing_to_do(done, low,
         with meter.waiting():
             time.sleep(0.1)
         assert low <= meter.flush()["data_wait"] <= high
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_the_learning_rate_is_reached_with_and_without_warm_up(schedule, warmup):
+    changes = {"schedule": schedule, "warmup_steps": warmup, "lr": 0.01}
+    config = small_config(**{f"optimizer.{key}": value for key, value in changes.items()})
+    rate = make_optimizer(config)[1]
+    assert float(rate(0)) == pytest.approx(0 if warmup else 0.01)
+    assert float(rate(warmup)) == pytest.approx(0.01)
+    end = 0.01 if schedule == "constant" else 0.0
+    assert float(rate(config.max_steps)) == pytest.approx(end, abs=1e-9)

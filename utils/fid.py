@@ -158,7 +158,11 @@ def frechet_distance(
 
 
 def bootstrap_deviation(
-    x: np.ndarray, reference: FeatureStats | Gaussian, repeats: int = 10, seed: int = 0
+    x: np.ndarray,
+    reference: FeatureStats | Gaussian,
+    repeats: int = 10,
+    seed: int = 0,
+    root_b: np.ndarray | None = None,
 ) -> float:
     """The standard deviation of the Fréchet distance over resampled pictures.
 
@@ -168,13 +172,15 @@ def bootstrap_deviation(
     Args:
       x: (n, d), n ≥ 2; read in blocks.
       repeats: 2 or more.
+      root_b: `root(reference)`, where it is known.
 
     Raises:
       ValueError: too few rows or repeats.
     """
     if repeats < 2 or len(x) < 2:
         raise ValueError(f"two repeats over two features or more: {repeats}, {len(x)}")
-    root_b, rng = root(reference), np.random.default_rng(seed)
+    root_b = root(reference) if root_b is None else root_b
+    rng = np.random.default_rng(seed)
     even = np.full(len(x), 1 / len(x))
     draws = (_resampled(x, rng.multinomial(len(x), even)) for _ in range(repeats))
     return float(np.std([frechet_distance(d, reference, root_b) for d in draws], ddof=1))

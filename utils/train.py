@@ -50,7 +50,9 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
     """AdamW with warm-up, schedule and clipping, from `config.optimizer` and `config.max_steps`."""
     o = config.optimizer
     if o.schedule == "constant":
-        schedule = optax.warmup_constant_schedule(0.0, o.lr, o.warmup_steps)
+        # A warm-up of no steps stays at its first value, 0, in optax.
+        start = 0.0 if o.warmup_steps else o.lr
+        schedule = optax.warmup_constant_schedule(start, o.lr, o.warmup_steps)
     elif o.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(0.0, o.lr, o.warmup_steps, config.max_steps)
     else:
