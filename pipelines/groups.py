@@ -164,7 +164,7 @@ def _references(plan: Plan, chosen: Sequence[Extractor], shape: Sequence[int]) -
     arrays = _arrays_in(path)
     pictures = not arrays or "arr_0" in arrays
     seen = _of_pictures(path, plan, chosen, shape) if pictures else []
-    if not arrays & {"mu", "ref_mu"}:
+    if seen and not arrays & {"mu", "ref_mu"}:
         return seen
     stats = [reference.of_file(path, one, shape[0]) for one in chosen]
     if not seen:
