@@ -114,14 +114,13 @@ def tally(
     Returns:
       The tallies, in the order of `extractors`; none on processes other than the first.
     """
-    places = [folder / e.fingerprint for e in extractors]
-    if each:
-        for old in places:
-            shutil.rmtree(old, ignore_errors=True)
+    first = jax.process_index() == 0
+    if each and first:
+        shutil.rmtree(folder, ignore_errors=True)
     tallies = [
-        Tally.open(place, total, parts_of(e, parts), kept)
-        for place, e in zip(places, extractors, strict=True)
-        if jax.process_index() == 0
+        Tally.open(folder / e.fingerprint, total, parts_of(e, parts), kept)
+        for e in extractors
+        if first
     ]
     position = agreed(min((t.count for t in tallies), default=0))
     saved = time.monotonic()
