@@ -295,19 +295,18 @@ def _differences(section: Section, line: Cell) -> list[str]:
     return [text for name, text in words.items() if len(several[name]) > 1]
 
 
-def _value(section: Section, cell: Cell, first: Row) -> float:
-    """The mean over seeds of the metric and protocol of `first`."""
-    alike = [c for c in section.cells if c._replace(seed=0) == cell._replace(seed=0)]
-    return float(
-        np.mean(
-            [
-                row.value
-                for c in alike
-                for row in section.rows[c]
-                if (row.metric, row.protocol) == (first.metric, first.protocol)
-            ]
-        )
-    )
+def _value(section: Section, cell: Cell, first: Row) -> tuple[float, float]:
+    """The metric and protocol of `first`: the mean over seeds, and a deviation or 0."""
+    found = [
+        row
+        for other in section.cells
+        if other._replace(seed=0) == cell._replace(seed=0)
+        for row in section.rows[other]
+        if (row.metric, row.protocol) == (first.metric, first.protocol)
+    ]
+    values = [row.value for row in found]
+    spread = float(np.std(values, ddof=1)) if len(found) > 1 else found[0].deviation or 0.0
+    return float(np.mean(values)), spread
 
 
 def _panels(section: Section) -> list[figures.Panel]:
@@ -319,7 +318,9 @@ def _panels(section: Section) -> list[figures.Panel]:
         first = rows[0]
         curves = [
             figures.Curve(
-                name, [c.steps for c in cells], [_value(section, c, first) for c in cells]
+                name,
+                [cell.steps for cell in cells],
+                *zip(*(_value(section, cell, first) for cell in cells), strict=True),
             )
             for name, cells in _lines(section)
         ]
@@ -375,7 +376,7 @@ def _differences_short(section: Section, cell: Cell) -> list[str]:
 
 def _tile(section: Section, cell: Cell, content: np.ndarray, name: str = "") -> figures.Tile:
     first = _main(section)[0]
-    caption = f"{first.metric} {_short(_value(section, cell, first))}"
+    caption = f"{first.metric} {_short(_value(section, cell, first)[0])}"
     return figures.Tile(name + _steps(cell.steps), content, caption)
 
 

@@ -149,7 +149,7 @@ def _warn(stick: Yardstick, n: int) -> None:
 def _place(plan: Plan) -> tuple[Cells, Claims]:
     """Where the cells lie, and who is at which."""
     cells = Cells(pathlib.Path(plan.out) / "cells")
-    return cells, Claims(cells.folder, plan.expires, plan.expires / 10)
+    return cells, Claims(cells.folder / "claims", plan.expires, plan.expires / 10)
 
 
 def _section(cells: Cells, group: Group) -> Section:

@@ -1,10 +1,13 @@
 """The command lines as a user types them: what they build, and what a mistake is told."""
 
+import functools
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import pytest
@@ -13,6 +16,7 @@ from absl import flags
 from configs import base
 from pipelines import build
 from utils import cli
+from utils.cli import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 JAX_FLOW = (
@@ -206,3 +210,45 @@ def test_a_run_from_the_command_line(tmp_path):
     nothing = run(f"eval_fid.py --workdir={run_dir} --out={tmp_path}/out --cache_dir={tmp_path}/c")
     assert nothing.returncode == 2 and "holds no checkpoint yet" in nothing.stderr
     assert len(nothing.stderr.splitlines()) == 1
+
+
+class Options(NamedTuple):
+    """Options of a test.
+
+    Attributes:
+      number: A number, told in a
+        line and a half.
+      words: Some words.
+      numbers: Some numbers.
+      several: Several.
+      choice: One of two.
+    """
+
+    number: int = 3
+    words: tuple[str, ...] = ("a",)
+    numbers: tuple[float, ...] = (0.5, 2.0)
+    several: Sequence[str] = ()
+    choice: Literal["left", "right"] = "left"
+
+
+def options_of(monkeypatch, line: str) -> Options:
+    values = flags.FlagValues()
+    monkeypatch.setattr(cli.flags, "FLAGS", values)
+    for name in ("boolean", "integer", "float", "string", "enum", "list", "multi_string"):
+        define = functools.partial(getattr(flags, f"DEFINE_{name}"), flag_values=values)
+        monkeypatch.setattr(cli.flags, f"DEFINE_{name}", define)
+    cli.define_flags(Options)
+    assert values["number"].help == "A number, told in a line and a half."
+    values(["program", *line.split()])
+    return cli.read_flags(Options)
+
+
+def test_options_are_flags(monkeypatch):
+    assert options_of(monkeypatch, "") == Options(several=[])
+    line = "--number=5 --words=b,c --numbers=1,1e-3 --several=x,y --several=z --choice=right"
+    found = options_of(monkeypatch, line)
+    assert found == Options(5, ("b", "c"), (1.0, 0.001), ["x,y", "z"], "right")
+    with pytest.raises(UserError, match="--numbers=1,b: numbers, separated by commas"):
+        options_of(monkeypatch, "--numbers=1,b")
+    with pytest.raises(flags.IllegalFlagValueError, match=r"left\|right"):
+        options_of(monkeypatch, "--choice=up")

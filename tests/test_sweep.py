@@ -148,6 +148,12 @@ def test_labels_are_uniform_and_a_function_of_seed_and_index():
     assert not draw_labels(3, 100, 0).any()
 
 
+def test_balanced_labels_have_every_class_as_often():
+    labels = draw_labels(3, 1000, 10, "balanced")
+    assert np.bincount(labels).tolist() == [100] * 10
+    np.testing.assert_array_equal(draw_labels(4, 37, 10, "balanced"), labels[:37])
+
+
 @pytest.mark.parametrize(("classes", "n", "shown"), [(0, 100, 1), (3, 90, 3), (10, 100, 10)])
 def test_grids_have_whole_rows_of_a_class(classes, n, shown):
     rows = grid_labels(classes).reshape(-1, 10)
@@ -494,3 +500,73 @@ def test_a_missing_run_is_told_in_one_line(tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "nothing" in done.stderr
+
+
+# Several of everything.
+
+
+def test_seeds_give_a_mean_and_a_deviation(tmp_path, cache, real):
+    plan = PLAN._replace(steps=(1,), seed=(0, 1, 2), metrics=("fid",), num_samples=40)
+    text = evaluate({"run": Fake(real)}, plan, tmp_path, cache)
+    values = pick(rows_of(tmp_path), metric="fd_classifier", run="run")
+    assert len(set(values)) == 3
+    mean, spread = np.mean(values), np.std(values, ddof=1)
+    assert f"| {report._short(mean)} ± {report._short(spread, 2)} |" in text
+
+
+def test_a_line_for_each_sampler_average_and_guidance_interval(tmp_path, cache, real):
+    plan = PLAN._replace(
+        steps=(1, 2),
+        sampler=("euler", "heun"),
+        ema=("0.99", "none"),
+        guidance=(1.0, 2.0),
+        guidance_interval=("0:1", "0.2:0.8"),
+        metrics=("fid",),
+        num_samples=20,
+    )
+    text = evaluate({"run": Fake(real)}, plan, tmp_path, cache)
+    rows = [row for row in rows_of(tmp_path) if row["steps"]]
+    kinds = {(r["sampler"], r["ema"], r["sampling_guidance"], r["guidance_interval"]) for r in rows}
+    assert len(kinds) == 2 * 2 * 3  # no guidance has no interval
+    assert len(rows) == 2 * len(kinds)
+    assert "| run | objective | EMA | sampler | ω′ trained | ω sampling | guided at t |" in text
+    names = {path.name for path in tmp_path.glob("samples_*.png")}
+    assert "samples_run_2_emanone_heun_g2_t0.2-0.8.png" in names
+    assert len(names) == len(rows)
+
+
+def test_the_same_command_measures_nothing_and_a_larger_one_what_is_new(tmp_path, cache, real):
+    run = Fake(real)
+    plan = PLAN._replace(steps=(1, 2), num_samples=40, batch_size=40)
+    evaluate({"run": run}, plan, tmp_path, cache)
+    before, calls = rows_of(tmp_path), len(run.calls)
+    evaluate({"run": run}, plan, tmp_path, cache)
+    assert len(run.calls) == calls
+    assert rows_of(tmp_path) == before
+    evaluate({"run": run}, plan._replace(steps=(1, 2, 4)), tmp_path, cache)
+    assert {steps for steps, *_ in run.calls[calls:]} == {4}
+    added = rows_of(tmp_path)
+    assert [row for row in added if row["steps"] != "4"] == before
+    calls = len(run.calls)
+    evaluate({"run": run}, plan._replace(metrics=("fid", "nearest", "kid")), tmp_path, cache)
+    assert {steps for steps, *_ in run.calls[calls:]} == {1, 2}  # kid needs the samples once more
+    calls = len(run.calls)
+    evaluate({"run": run}, plan, tmp_path, cache)  # what was measured stays
+    assert len(run.calls) == calls
+    assert rows_of(tmp_path) == before
+
+
+def test_pictures_are_kept_where_that_is_asked(tmp_path, cache, real):
+    plan = PLAN._replace(steps=(2,), num_samples=30, metrics=("fid",), save_samples="png")
+    run = Fake(real)
+    evaluate({"run": run}, plan, tmp_path, cache)
+    (folder,) = (tmp_path / "samples").iterdir()
+    files = sorted(folder.iterdir())
+    assert len(files) == 30
+    drawn = real(np.random.default_rng((0, 7)), draw_labels(0, 30, 10)[7], 2)
+    np.testing.assert_array_equal(np.asarray(Image.open(files[7]))[..., None], drawn)
+    evaluate({"run": run}, plan._replace(save_samples="npz"), tmp_path, cache)
+    (file,) = (tmp_path / "samples").glob("*.npz")
+    with np.load(file) as arrays:
+        assert arrays["arr_0"].shape == (30, 8, 8, 3)
+        np.testing.assert_array_equal(arrays["arr_0"][7, ..., :1], drawn)

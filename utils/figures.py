@@ -22,6 +22,7 @@ class Curve(NamedTuple):
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    deviations: Sequence[float] = ()  # of y, drawn as bars; 0 for none
 
 
 class Panel(NamedTuple):
@@ -119,6 +120,11 @@ def _draw_panel(ax, panel: Panel, colours: dict[str, str]) -> None:
     for curve in panel.curves:
         colour = colours[curve.label]
         ax.plot(curve.x, curve.y, marker="o", markersize=4, color=colour, label=curve.label)
+        if any(curve.deviations):
+            # A bar that reaches below 0 has no place on a logarithmic axis.
+            low = [min(d, 0.9 * y) for d, y in zip(curve.deviations, curve.y, strict=True)]
+            bars = [low, list(curve.deviations)]
+            ax.errorbar(curve.x, curve.y, bars, fmt="none", ecolor=colour, capsize=3, linewidth=1)
     for (label, height), style in zip(panel.lines.items(), _line_styles(), strict=False):
         ax.axhline(height, color="0.35", linewidth=1, linestyle=style, label=label)
     ax.set(xscale="log", yscale="log", title=panel.title)
