@@ -152,10 +152,10 @@ def _protocol_tables(section: Section, protocol: Protocol, rows: list[Row]) -> s
     parts = [f"## {metrics[0]}{f' ({name})' if name else ''}\n"]
     if first:
         parts += [_by_steps(first)]
+    real = [row for row in rows if row.steps is None and row.metric == metrics[0]]
     if len(metrics) > 1 or not first:
         parts += [_by_metric(rows, metrics)]
-    real = [row for row in rows if row.steps is None and row.metric == metrics[0]]
-    if first and real:
+    elif real:
         head = ["real data", "N", metrics[0]]
         parts += [_table(head, [[r.run, f"{r.num_samples:,}", _number(r)] for r in real])]
     parts += [_stated(protocol, rows)]
@@ -325,8 +325,9 @@ def _panels(section: Section) -> list[figures.Panel]:
             for name, cells in _lines(section)
         ]
         real = [r for r in section.real if (r.metric, r.protocol) == (first.metric, first.protocol)]
-        # Not the draws at the held-out split's own N: two lines are enough.
-        lines = {f"{r.run}, N = {r.num_samples:,}": r.value for r in _first_of_each(real)}
+        # Fewer pictures score higher: a line of few beside curves of many would mislead.
+        real = [r for r in _first_of_each(real) if r.num_samples >= first.num_samples]
+        lines = {f"{r.run}, N = {r.num_samples:,}": r.value for r in real}
         several = f", {first.features} {first.resize or ''}" if len(shown) > 1 else ""
         panels.append(figures.Panel(section.title + several, curves, lines))
     return panels
@@ -359,7 +360,7 @@ def _draw_pictures(folder: pathlib.Path, section: Section) -> None:
 
 
 def _differences_short(section: Section, cell: Cell) -> list[str]:
-    """The same for file names."""
+    """The same of one cell, for file names."""
     words: dict[str, Any] = {
         "checkpoint": cell.checkpoint,
         "ema": f"ema{cell.ema}",
@@ -370,7 +371,7 @@ def _differences_short(section: Section, cell: Cell) -> list[str]:
     return [
         str(text)
         for name, text in words.items()
-        if len({getattr(c, name) for c in section.cells}) > 1
+        if len({getattr(c, name) for c in section.cells if c.run == cell.run}) > 1
     ]
 
 
