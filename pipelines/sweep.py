@@ -103,8 +103,8 @@ def measure_runs(runs: dict[str, Run], plan: Plan) -> list[Section]:
 
 def measure_samples(plan: Plan) -> list[Section]:
     """Pictures made elsewhere, a row each; the plan is checked."""
-    cells, claims = _place(plan)
     found = groups.of_samples(plan)
+    cells, claims = _place(plan)
     stick = found[0][-1]
     counts = [plan.num_samples or len(samples.source) for _, samples, _ in found]
     names = [
