@@ -26,6 +26,7 @@ from pipelines.extractors import Extractor
 from utils import data
 from utils.cli import UserError
 from utils.log import progress
+from utils.sources import fingerprint
 
 CHUNK = 512  # pictures per call of the extractor
 
@@ -74,9 +75,17 @@ def extractor(
         saved = params, _accuracy(params, dataset.heldout, task)
         if jax.process_index() == 0:
             _save(path, *saved)
-    params, accuracy = saved
+    params, accuracy = (_load(path) if path.exists() else None) or saved  # of who was last
     words = _words(accuracy, dataset, task, recipe)
-    return Extractor(task.name, "", words, key[:12], Partial(_pooled, params), {"pool": FEATURES})
+    return Extractor(
+        task.name, "", words, _digest(params), Partial(_pooled, params), {"pool": FEATURES}
+    )
+
+
+def _digest(params: dict) -> str:
+    """12 hexadecimal digits of the weights: numbers of another training are others."""
+    leaves = sorted(flatten_dict(params, sep="/").items())
+    return fingerprint(*(part for name, leaf in leaves for part in (name, np.asarray(leaf))))
 
 
 def _task(dataset: data.Dataset) -> _Task:

@@ -92,7 +92,7 @@ def of_samples(plan: Plan) -> list[tuple[str, Samples, Yardstick]]:
     if len(shapes) > 1:
         told = ", ".join(f"{path} {s.shape[1]} × {s.shape[0]}" for path, s in found)
         raise UserError(f"pictures of one size share a table, not {told}: see --image_size")
-    names = [path.stem or str(path) for path, _ in found]
+    names = [_named(path) for path, _ in found]
     if len(set(names)) < len(names):
         raise UserError(
             f"--samples of one name cannot share a table: {', '.join(names)}; rename one"
@@ -104,6 +104,12 @@ def of_samples(plan: Plan) -> list[tuple[str, Samples, Yardstick]]:
             )
     stick = picture_yardstick(plan, next(iter(shapes)))
     return [(name, samples, stick) for name, (_, samples) in zip(names, found, strict=True)]
+
+
+def _named(path: pathlib.Path) -> str:
+    """What a table calls a folder or file; what follows a folder's dot is part of its name."""
+    path = path.expanduser().resolve()
+    return (path.name if path.is_dir() else path.stem).lstrip(".") or "samples"
 
 
 def picture_yardstick(
@@ -118,6 +124,8 @@ def picture_yardstick(
     Raises:
       UserError: what loading raises, or a reference that cannot serve the metrics.
     """
+    if len(shape) != 3:
+        raise UserError("points have no pictures' features: leave --fid.num=0")
     chosen = load_extractors(plan, dataset)
     if plan.reference:
         references = _references(plan, chosen, shape)
@@ -167,6 +175,11 @@ def _references(plan: Plan, chosen: Sequence[Extractor], shape: Sequence[int]) -
     if seen and not arrays & {"mu", "ref_mu"}:
         return seen
     stats = [reference.of_file(path, one, shape[0]) for one in chosen]
+    if len(chosen) > 1:
+        raise UserError(
+            f"{path} holds statistics of one kind of features and one protocol: name one of "
+            "--features and one of --protocol, or give pictures as --reference"
+        )
     if not seen:
         return stats
     return [dataclasses.replace(s, features=p.features) for s, p in zip(stats, seen, strict=True)]

@@ -21,7 +21,8 @@ from utils.claims import Claims
 from utils.cli import UserError
 from utils.fid import FeatureStats
 from utils.log import progress
-from utils.sources import Source, fingerprint
+from utils.sharding import agreed
+from utils.sources import Source
 from utils.tally import Tally
 
 KEPT = 50_000  # pictures whose features are kept, for what compares with features
@@ -50,13 +51,15 @@ def of_pictures(
     if total < FEWEST:
         raise UserError(f"{words}: {total} pictures are too few to compare with")
     kept = _kept(total)
-    missing = [e for e in extractors if not _whole(cache, e, identity, total, kept)]
-    name = f"reference_{fingerprint(identity, *(e.fingerprint for e in missing))}"
 
     def done() -> bool:
-        return all(_whole(cache, e, identity, total, kept) for e in missing)
+        return all(_whole(cache, e, identity, total, kept) for e in extractors)
 
     def run(_) -> None:
+        # Looked up under the claim, and by one process for all: tallies exclude each other.
+        there = [_whole(cache, e, identity, total, kept) for e in extractors]
+        bits = agreed(sum(1 << i for i, whole in enumerate(there) if not whole))
+        missing = [e for i, e in enumerate(extractors) if bits >> i & 1]
         with progress(0, total, "picture", f"reference of {words}"[:60]) as bar:
             batches = measure.source_batches(source, batch_size, bar.update)
             tallies = measure.tally(
@@ -65,7 +68,8 @@ def of_pictures(
         for tally in tallies:
             tally.save()
 
-    work_off(Claims(cache), [Job(name, done, run)] if missing else [])
+    # One claim for all extractors: another set of them may share a tally with this one.
+    work_off(Claims(cache), [Job(f"reference_{identity}", done, run)])
     if jax.process_index():  # process 0 alone does the sums, the others know what there is
         none = FeatureStats.empty(1)
         return [Reference(none, none, none.outer, words, identity) for _ in extractors]
@@ -86,7 +90,7 @@ def _open(cache: pathlib.Path, e: Extractor, identity: str, total: int, kept) ->
 
 def _whole(cache: pathlib.Path, e: Extractor, identity: str, total: int, kept) -> bool:
     folder = cache / f"features_{identity}" / e.fingerprint
-    return folder.exists() and _open(cache, e, identity, total, kept).count == total
+    return Tally.is_whole(folder, total, measure.parts_of(e, PARTS), kept)
 
 
 def _of_tally(tally: Tally, words: str, identity: str) -> Reference:

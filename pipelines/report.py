@@ -171,8 +171,12 @@ def _stated(protocol: Protocol, rows: list[Row]) -> str:
     told = [f"N = {', '.join(f'{n:,}' for n in counts)} samples per cell"]
     told += [f"seed {', '.join(map(str, seeds))}"] if seeds else []
     told += [f"labels {labels[0]}"] if labels else []
+    for name, words in (("sampler", "sampler"), ("ema", "EMA"), ("train_steps", "step")):
+        values = sorted({str(getattr(row, name)) for row in samples if getattr(row, name)})
+        told += [f"{words} {', '.join(values)}"] if values else []
     text = f"{', '.join(told)}. Protocol: {protocol.protocol}. Reference: {protocol.reference}.\n"
     spreads = sorted({row.deviation_of for row in samples if row.deviation_of})
+    spreads = [f"{len(seeds)} seeds"] if len(seeds) > 1 else spreads
     text += f"± is one standard deviation over: {', '.join(spreads)}.\n" if spreads else ""
     if protocol.features and min(counts) < FEW:
         text += f"Below {FEW:,} samples these are glances at few pictures, not the usual 50,000.\n"

@@ -156,7 +156,8 @@ def _section(cells: Cells, group: Group) -> Section:
     stick, rows, samples = group.yardstick, {}, {}
     for cell in group.cells:
         name, found = cell_name(group, cell), cells.rows(cell_name(group, cell))
-        rows[cell] = [row for key in stick.keys for row in found[key]]
+        # By the name that this table gives the run, which others beside it can lengthen.
+        rows[cell] = [row._replace(run=cell.run) for key in stick.keys for row in found[key]]
         samples[cell] = cells.samples(name)
     return Section(
         title=stick.title,
@@ -192,7 +193,7 @@ def _cells(run: Run, plan: Plan) -> list[Cell]:
 def cell_name(group: Group, cell: Cell) -> str:
     """The name of a cell's file: the same for the same samples, measured in whatever way."""
     run, n = group.runs[cell.run], _count(group)
-    words = [cell.run, f"at{cell.checkpoint}", cell.sampler, f"steps{cell.steps}"]
+    words = [run.path.name, f"at{cell.checkpoint}", cell.sampler, f"steps{cell.steps}"]
     words += [f"g{cell.guidance:g}"] if cell.guidance != 1 else []
     identity = cell._replace(run=run.identity(cell.checkpoint))._asdict()
     return name_of([*words, f"n{n}"], {**identity, "n": n, "labels": group.plan.labels})
@@ -211,7 +212,7 @@ def _done(cells: Cells, group: Group, cell: Cell) -> bool:
 
 def _saved(group: Group, cell: Cell) -> pathlib.Path | None:
     """Where all pictures of a cell are to be kept; None: nowhere."""
-    kind = group.plan.save_samples
+    kind = group.plan.save_samples if group.yardstick.side else ""  # points are kept in any case
     path = pathlib.Path(group.plan.out) / "samples" / cell_name(group, cell)
     return {"": None, "png": path, "npz": path.with_name(f"{path.name}.npz")}[kind]
 

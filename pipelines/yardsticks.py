@@ -152,8 +152,9 @@ class PictureYardstick:
             (e, r, w) for e, r, w in zip(self.extractors, self.references, wanted, strict=True) if w
         ]
         nearest = "nearest" in self.plan.metrics and self._nearest_key in missing
+        saved = saved if agreed(bool(saved and not saved.exists())) else None
         first: list[np.ndarray] = []
-        with _writer(saved if saved and not saved.exists() else None, n, self.shape) as write:
+        with _writer(saved, n, self.shape) as write:
             tallies = measure.tally(
                 batches,
                 [e for e, _, _ in used],

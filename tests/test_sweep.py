@@ -48,6 +48,7 @@ class Fake:
         budget = {"train_steps": 10, "train_images": 640, "train_flops": 1.5e9}
         self.card = {"trained_guidance": 1.0} | budget | card
         self.pipeline = self
+        self.path = pathlib.Path(dataset_name)
         self.num_classes = 10 if dataset_name == "digits" else 0
 
     # As a Run.

@@ -70,6 +70,24 @@ class Tally:
         tally = cls(folder, total, parts, kept)
         return tally if tally._restore() else cls(folder, total, parts, kept)
 
+    @classmethod
+    def is_whole(
+        cls, folder: Path, total: int, parts: Sequence[str], kept: np.ndarray | None = None
+    ) -> bool:
+        """Whether all `total` pictures were saved in `folder`; touches nothing, unlike `open`.
+
+        Another process may be at work there.
+        """
+        tally = cls(folder, total, parts, kept)
+        try:
+            with np.load(Path(folder) / "sums.npz", allow_pickle=False) as found:
+                about = json.loads(str(found["about"]))
+        except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError):
+            return False
+        return about.get("count") == total and all(
+            about.get(key) == value for key, value in _plain(tally._about()).items()
+        )
+
     def update(self, features: Mapping[str, np.ndarray]) -> None:
         """Adds the next n pictures, in order.
 
