@@ -234,3 +234,18 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
         return most
 
     assert peak(16_000) < 1.2 * peak(1000)  # the features alone would be 384 kB
+
+
+def test_asking_whether_a_tally_is_whole_disturbs_nobody_at_work_in_it(tmp_path):
+    features = {"pool": np.arange(40, dtype=np.float32).reshape(10, 4)}
+    tally = Tally.open(tmp_path, 10, ("pool",))
+    tally.update({"pool": features["pool"][:3]})
+    tally.save()
+    tally.update({"pool": features["pool"][3:8]})  # not saved yet
+    assert not Tally.is_whole(tmp_path, 10, ("pool",))
+    tally.update({"pool": features["pool"][8:]})
+    assert not Tally.is_whole(tmp_path, 10, ("pool",))
+    tally.save()
+    assert Tally.is_whole(tmp_path, 10, ("pool",))
+    assert not Tally.is_whole(tmp_path, 11, ("pool",))
+    np.testing.assert_array_equal(Tally.open(tmp_path, 10, ("pool",)).features, features["pool"])
