@@ -42,6 +42,8 @@ def write(wanted: Wanted, plan: prepare.Plan) -> str:
     """
     if not wanted.statistics.endswith(".npz"):
         raise UserError(f"--statistics={wanted.statistics}: name a file that ends in .npz")
+    if plan.image_size < 1:
+        raise UserError(f"--image_size={plan.image_size}: pixels to crop the pictures to, 256 say")
     dataset = _pictures(wanted, plan)
     asked = plans.Plan(
         features=(wanted.features,),

@@ -83,7 +83,8 @@ class Run:
 
     def _identity(self, step: int) -> str:
         config = flatten(self.pipeline.config)
-        kept = {k: v for k, v in config.items() if not k.startswith(FREE)}
+        groups = tuple(key for key in FREE if key.endswith("."))
+        kept = {k: v for k, v in config.items() if k not in FREE and not k.startswith(groups)}
         stamp = self._stamp(step)
         card = {k: self.pipeline.card.get(k) for k in ("dataset", "autoencoder", "shape")}
         text = json.dumps([kept, card, stamp], sort_keys=True, default=str)

@@ -109,7 +109,7 @@ def _told_in_one_line(call: Callable):
     except (UserError, flags.Error, OSError) as error:  # a full disk is no bug of ours
         sys.exit(_report(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted: the same command goes on", file=sys.stderr)
         sys.exit(130)
 
 

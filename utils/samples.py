@@ -264,7 +264,10 @@ def _read_array(place: pathlib.Path) -> tuple[np.ndarray | _Stored, str]:
         else:
             with np.load(place, allow_pickle=False) as arrays:
                 array = arrays["arr_0"]
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+    except (
+        *(ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError),
+        MemoryError,  # of a header that claims more than there is
+    ) as error:
         raise UserError(
             f"{place} cannot be read ({error}): fetch it or make it again, as np.savez writes it"
         ) from error

@@ -71,7 +71,7 @@ def read(path: str | os.PathLike) -> Statistics:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return _parsed(path, arrays)
-    except (ValueError, TypeError, KeyError, EOFError, *_DAMAGED) as error:
+    except (ValueError, TypeError, KeyError, EOFError, MemoryError, *_DAMAGED) as error:
         if "allow_pickle" in str(error):
             raise UserError(
                 f"{path} holds pickled objects, which are not read: save mu and sigma as plain "

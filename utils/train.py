@@ -277,15 +277,13 @@ class Meter:
         """
         self.settle()
         now = time.monotonic()
-        waited, self._waited = self._waited / (now - self._since), 0.0
-        self._since = now
+        passed, self._since = now - self._since, now
+        waited, self._waited = self._waited / passed, 0.0
         rows, self._rows = self._rows, []
         means = {name: _finite_mean([row[name] for row in rows]) for name in rows[-1]}
         means = {name: mean for name, mean in means.items() if np.isfinite(mean)}
         self._bar.set_postfix_str(f"error {means['error']:.4f}")
-        rate = self._bar.format_dict["rate"]
-        means["data_wait"] = waited
-        return means | ({"steps_per_second": rate} if rate else {})
+        return means | {"data_wait": waited, "steps_per_second": len(rows) / passed}
 
 
 def check_finite(number: int, values: dict[str, float]) -> None:
