@@ -12,8 +12,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from pipelines import build, prepare, sweep
+from pipelines import build, groups, prepare, runs
 from pipelines.flow import FlowPipeline
+from pipelines.plan import Plan
 from pipelines.pretrained import load_autoencoder
 from pipelines.train import train
 from tests.small import write_autoencoder, write_pictures
@@ -128,11 +129,12 @@ def test_pictures_are_split_as_their_latents(place):
 def test_a_run_on_prepared_pictures_shares_a_table_with_one_on_latents(place):
     config = small_config(place / "pixels", use_stable_vae=0)
     train(config, str(place / "on_pixels"), build.flow_objective)
-    runs = sweep.load_runs([trained(place, "mean_flow"), place / "on_pixels"])
-    assert runs["on_pixels"].shape == (SIDE, SIDE, 3)
-    (group,) = sweep._groups(runs, sweep.Plan((1,)), "")
-    assert set(group.runs) == {"mean_flow", "on_pixels"}
-    assert group.dataset.shape == (SIDE, SIDE, 3)
+    found = runs.load_runs([trained(place, "mean_flow"), place / "on_pixels"])
+    assert found["on_pixels"].pipeline.shape == (SIDE, SIDE, 3)
+    plan = Plan(features=("classifier",), cache_dir=str(place / "cache"))
+    ((members, yardstick),) = groups.group_runs(found, plan)
+    assert set(members) == {"mean_flow", "on_pixels"}
+    assert yardstick.dataset.shape == (SIDE, SIDE, 3)
 
 
 def test_an_exported_model_carries_its_autoencoder(place, tmp_path):
