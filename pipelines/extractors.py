@@ -16,8 +16,6 @@ import pathlib
 import re
 import socket
 import urllib.request
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,6 +28,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from models import dinov2, inception, mobilenet
+from pipelines.pretrained import DAMAGE, FLOATS, PICKLES
 from utils.cli import UserError
 from utils.log import progress
 
@@ -52,17 +51,6 @@ DINOV2 = "facebook/dinov2-large"  # of Stein et al. 2023
 DINOV2_FILE = "model.safetensors"
 CONVERTER = "python scripts/convert_inception.py"
 TABLES = (".safetensors", ".npz")  # what weights are read from
-PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-DAMAGE = (
-    safetensors.SafetensorError,
-    zipfile.BadZipFile,
-    zlib.error,
-    ValueError,
-    KeyError,
-    EOFError,
-    OSError,
-)
 RESIZES = {
     "tf": "TF1 bilinear",
     "clean": "Pillow's antialiased bicubic",
