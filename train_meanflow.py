@@ -8,13 +8,15 @@ The loss stays near 1 by its adaptive weight: watch `error` and `velocity_error`
 again continues a run that was cut short. configs/base.py lists every key.
 """
 
-from utils import cli
+from utils import cli, hosts
 
 CONFIG, WORKDIR = cli.define_run_flags()
+cli.define_flags(hosts.Hosts)
 
 
 def main(_) -> None:
     """Config → objective → fit."""
+    hosts.join(cli.read_flags(hosts.Hosts), saves=True)
     from pipelines import build
     from pipelines.train import train
 

@@ -100,22 +100,33 @@ def _attributes(doc: str) -> dict[str, str]:
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Parses the flags and calls `main(argv)`; a mistake ends in one line and exit status 2."""
-    app.run(lambda argv: _told_in_one_line(lambda: main(argv)), flags_parser=_parse)
+    from utils import hosts  # which imports this file
+
+    def call(argv: Sequence[str]) -> None:
+        _told_in_one_line(lambda: hosts.ended(lambda: main(argv)))
+
+    app.run(call, flags_parser=_parse)
 
 
 def _told_in_one_line(call: Callable):
     try:
         return call()
-    except (UserError, flags.Error, OSError) as error:  # a full disk is no bug of ours
-        sys.exit(_report(error))
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        status = report(error)
+        if status is None:
+            raise
+        sys.exit(status)
+
+
+def report(error: BaseException) -> int | None:
+    """Prints a mistake, or an interruption, in one line; returns the exit status, None for bugs."""
+    if isinstance(error, UserError | flags.Error | OSError):  # a full disk is no bug of ours
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted: the same command goes on", file=sys.stderr)
-        sys.exit(130)
-
-
-def _report(error: Exception) -> int:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    return 2
+        return 130
+    return None
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
