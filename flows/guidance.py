@@ -98,8 +98,12 @@ def _inside(t, interval):
 
 
 def _both(network, params, z, r, t, label, null) -> tuple[Array, Array]:
-    """u(z, r, t | label) and u(z, r, t | null), from one doubled batch."""
-    z, r, t = (jnp.concatenate([a, a]) for a in (z, r, t))
-    u = network(params, z, r, t, jnp.concatenate([label, null]), None)
-    conditional, unconditional = jnp.split(u, 2)
-    return conditional, unconditional
+    """u(z, r, t | label) and u(z, r, t | null), from one doubled batch.
+
+    The two of a sample lie side by side, so that on several devices each doubles what it has;
+    one whole batch behind the other would move half of it to other devices, and back.
+    """
+    pairs = (jnp.stack(pair, axis=1) for pair in ((z, z), (r, r), (t, t), (label, null)))
+    u = network(params, *(a.reshape(-1, *a.shape[2:]) for a in pairs), None)
+    u = u.reshape(-1, 2, *u.shape[1:])
+    return u[:, 0], u[:, 1]

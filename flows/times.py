@@ -8,6 +8,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 import jax
+import numpy as np
 from jax import Array
 
 TimeLaw = Callable[[Array], Array]
@@ -46,8 +47,12 @@ def spans_interval(position: Array, share: float) -> Array:
     Returns:
       (n,) bool.
     """
+    pattern = interval_pattern(share)
+    return jax.numpy.asarray(pattern)[position % len(pattern)]
+
+
+def interval_pattern(share: float) -> np.ndarray:
+    """One period of `spans_interval`: bool (d,), of which share · d are true."""
     part = Fraction(share).limit_denominator(100)
-    place = position % part.denominator
-    return (
-        place + 1
-    ) * part.numerator // part.denominator > place * part.numerator // part.denominator
+    counted = np.arange(part.denominator + 1) * part.numerator // part.denominator
+    return np.diff(counted) > 0

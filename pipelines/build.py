@@ -1,6 +1,7 @@
 """From a config to the objects it names. Sizes are resolved here; keys given win over the table."""
 
 import functools
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,24 +20,31 @@ from models import autoencoder as autoencoders
 from models.dit import SIZES, DiT
 from models.layers import TIME_INPUTS
 from models.mlp import MLP
+from pipelines.plan import FEATURES, FEWEST
 from pipelines.pretrained import Pretrained, load_autoencoder
 from utils.cli import SIZE_KEYS, UserError, absolute, flatten
+from utils.toys import TOYS
 
 AUTOENCODER = "autoencoder"  # the folder of the copy that goes with latents, and with a model
 MANY = 2**31 - 1
+MOST_PARAMETERS = 10**11  # with their average and Adam's moments 2 TB
+MOST_STEPS = 10_000  # of a sampler; its times are an array of the program
+SEVERAL = 1_000_000
 RANGES: dict[str, tuple[float, float]] = {  # the least and the most a key may be
     "seed": (0, MANY),
-    **dict.fromkeys(("batch_size", "accumulation", "max_steps", "keep_checkpoints"), (1, MANY)),
+    **dict.fromkeys(("batch_size", "accumulation"), (1, 2**24)),
+    **dict.fromkeys(("max_steps", "keep_checkpoints"), (1, MANY)),
     **dict.fromkeys(("log_interval", "eval_interval", "save_interval"), (1, MANY)),
-    "image_size": (0, 65536),
-    **dict.fromkeys((f"model.{key}" for key in SIZE_KEYS), (1, MANY)),
-    "autoencoder_slice": (0, MANY),
+    "image_size": (0, 4096),
+    **dict.fromkeys((f"model.{key}" for key in SIZE_KEYS), (1, SEVERAL)),
+    "model.depth": (1, 1000),
+    "autoencoder_slice": (0, SEVERAL),
     "model.mlp_ratio": (0.01, 100),
     "model.dropout": (0, 0.99),
     "model.class_dropout_prob": (0, 1),
-    "model.unroll": (1, MANY),
-    "flow_matching.time_std": (0, 100),
-    "mean_flow.time_std": (0, 100),
+    "model.unroll": (1, 1000),
+    **dict.fromkeys(("flow_matching.time_mean", "mean_flow.time_mean"), (-100, 100)),
+    **dict.fromkeys(("flow_matching.time_std", "mean_flow.time_std"), (0, 100)),
     "mean_flow.interval_share": (0, 1),
     "mean_flow.p": (0, 10),
     "mean_flow.c": (1e-12, 1e6),
@@ -50,7 +58,17 @@ RANGES: dict[str, tuple[float, float]] = {  # the least and the most a key may b
     "optimizer.clip_norm": (0, 1e9),
     "ema.decay": (0, 0.9999999),
     "ema.start_step": (0, MANY),
+    **dict.fromkeys(("mesh.data", "mesh.fsdp"), (-1, SEVERAL)),
     "sample.num": (1, 10_000),
+    "sample.guidance": (-1000, 1000),
+    "fid.num": (0, 10_000_000),
+}
+CHOICES: dict[str, tuple] = {  # what else a key may be
+    "use_stable_vae": (0, 1),
+    "autoencoder_dtype": ("float32", "bfloat16"),
+    "optimizer.schedule": ("constant", "cosine"),
+    "fid.features": FEATURES,
+    "wandb.mode": ("disabled", "offline", "online"),
 }
 
 
@@ -63,24 +81,64 @@ def check_ranges(config: ConfigDict) -> None:
             continue
         if not (isinstance(value, int | float) and low <= value <= high):  # NaN fails too
             raise UserError(f"{key}={value}: give --{key} from {low} to {high}")
+    for key, words in CHOICES.items():
+        if values[key] not in words:
+            *first, last = map(str, words)
+            raise UserError(f"{key}={values[key]!r}: give --{key}={', '.join(first)} or {last}")
     o = config.optimizer
     if o.schedule == "cosine" and o.warmup_steps >= config.max_steps:
         raise UserError(
             f"optimizer.warmup_steps={o.warmup_steps} must be below max_steps={config.max_steps}: "
             f"give --optimizer.warmup_steps={config.max_steps // 10}"
         )
-    if o.schedule not in ("constant", "cosine"):
-        raise UserError(f"optimizer.schedule={o.schedule!r}: constant or cosine")
-    if config.use_stable_vae not in (0, 1):
-        raise UserError(f"use_stable_vae={config.use_stable_vae}: 1 for latents, 0 for pixels")
-    if config.wandb.mode not in ("disabled", "offline", "online"):
-        raise UserError(f"wandb.mode={config.wandb.mode!r}: disabled, offline or online")
-    steps = config.sample.steps
-    if not steps or not all(isinstance(step, int) and step >= 1 for step in steps):
-        raise UserError(f"sample.steps={steps}: give --sample.steps=1,32 or the like")
-    interval = config.mean_flow.guidance_interval
-    if len(interval) != 2 or not all(isinstance(time, int | float) for time in interval):
-        raise UserError("mean_flow.guidance_interval: two times, --mean_flow.guidance_interval=0,1")
+    for key in ("sample.steps", "fid.steps"):
+        steps = values[key]
+        whole = isinstance(steps, tuple) and all(type(step) is int for step in steps)
+        if not (whole and steps and 1 <= min(steps) <= max(steps) <= MOST_STEPS):
+            raise UserError(f"{key}={steps}: give --{key}=1,32 or the like, up to {MOST_STEPS}")
+    interval = values["mean_flow.guidance_interval"]
+    times = isinstance(interval, tuple) and all(type(t) in (int, float) for t in interval)
+    if not (times and len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+        raise UserError(
+            f"mean_flow.guidance_interval={interval}: two times from 0 to 1, the lower first: "
+            "give --mean_flow.guidance_interval=0,1"
+        )
+    _check_network(config)
+    _check_evaluation(config)
+
+
+def _check_network(config: ConfigDict) -> None:
+    """Raises UserError where a network is larger than any machine, before it is looked at."""
+    m = config.model
+    table = SIZES.get(m.size, {})
+    depth, width, patch = (
+        table.get(key, 1) if m[key] is None else m[key]
+        for key in ("depth", "hidden_size", "patch_size")
+    )
+    # Of a block: attention 4 d², the MLP 2 · ratio · d², the modulation 6 d².
+    count = int(depth * width**2 * (10 + 2 * m.mlp_ratio))
+    if count > MOST_PARAMETERS:
+        raise UserError(
+            f"model.depth={depth} and model.hidden_size={width} make a network of {count:.1e} "
+            f"parameters, more than {MOST_PARAMETERS:.0e}: give a smaller --model.hidden_size"
+        )
+    tokens = (config.image_size // patch) ** 2
+    if not config.use_stable_vae and tokens > 2**18:
+        raise UserError(
+            f"image_size={config.image_size} with model.patch_size={patch} makes {tokens} patches, "
+            f"more than {2**18}: give a larger --model.patch_size"
+        )
+
+
+def _check_evaluation(config: ConfigDict) -> None:
+    """Raises UserError where a run could not draw or measure its own samples."""
+    if 0 < config.fid.num < FEWEST:
+        raise UserError(f"fid.num={config.fid.num}: give --fid.num=2000, or 0 for none")
+    points = config.dataset_name in TOYS
+    if points and config.fid.num:
+        raise UserError(f"{config.dataset_name} has points, no pictures' features: leave --fid.num=0")
+    if points and config.sample.guidance != 1:
+        raise UserError(f"{config.dataset_name} has no labels to guide by: leave --sample.guidance=1")
 
 
 class Network(NamedTuple):
@@ -215,9 +273,11 @@ def latent_shape(codec: autoencoders.Autoencoder, shape: tuple[int, ...]) -> tup
     return jax.eval_shape(codec.sample, moments, keys).shape[1:]
 
 
-def flow_objective(config: ConfigDict, num_classes: int) -> Callable:
+def flow_objective(config: ConfigDict, num_classes: int, local: int = 0) -> Callable:
     """`flows.objectives.flow_matching` with the config's options bound.
 
+    Args:
+      local: as `mean_flow_objective` takes it; all the same here.
     Raises:
       UserError: options out of range.
     """
@@ -230,9 +290,13 @@ def flow_objective(config: ConfigDict, num_classes: int) -> Callable:
     )
 
 
-def mean_flow_objective(config: ConfigDict, num_classes: int) -> Callable:
+def mean_flow_objective(config: ConfigDict, num_classes: int, local: int = 0) -> Callable:
     """`flows.objectives.mean_flow` with the config's options bound.
 
+    Args:
+      local: samples that a device has in a microbatch. Where they are whole periods of the pattern
+        that says which have r ≠ t, du/dt is computed for those alone; 0: for all, which is slower
+        and gives the same numbers.
     Raises:
       UserError: options out of range.
     """
@@ -253,8 +317,22 @@ def mean_flow_objective(config: ConfigDict, num_classes: int) -> Callable:
         omega=m.omega,
         kappa=m.kappa,
         guidance_interval=tuple(m.guidance_interval),
+        apart=splits_evenly(m.interval_share, local),
         **_label_dropout(config, num_classes),
     )
+
+
+def splits_evenly(share: float, local: int) -> bool:
+    """Whether `local` samples hold whole periods of the pattern of r ≠ t; if not, warns once."""
+    period = len(times.interval_pattern(share))
+    if local % period and jax.process_index() == 0:
+        print(
+            f"warning: {local} samples per device and microbatch are no multiple of {period}, so "
+            f"mean_flow.interval_share={share:g} does not split evenly: du/dt is computed for all "
+            "samples, the same numbers at more work; a larger --batch_size avoids it",
+            file=sys.stderr,
+        )
+    return local > 0 and local % period == 0
 
 
 def time_law(section: ConfigDict, name: str) -> times.TimeLaw:

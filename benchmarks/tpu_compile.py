@@ -1,0 +1,475 @@
+"""What a recipe needs on a TPU pod, from the TPU's own compiler, on any CPU machine.
+
+    pip install "jax[tpu]"    # the compiler comes in the package libtpu; no TPU is needed
+    python benchmarks/tpu_compile.py --topology=v5e:2x2 \\
+        --config=configs/imagenet256.py:meanflow_b4 --mesh.fsdp=4
+    python benchmarks/tpu_compile.py --topology=v5e:8x8 --what=step,sampler,decoder,inception \\
+        --config=configs/imagenet256.py:meanflow_xl2 --mesh.fsdp=8 --model.remat --json=out.jsonl
+    python benchmarks/tpu_compile.py --topology=cpu:8 --config=configs/imagenet256.py:meanflow_b4
+    python benchmarks/tpu_compile.py --table=out.jsonl    # the table of docs/devices.md
+
+Compiles the programs that the scripts run (nothing stands in for them but shapes for weights and
+data) for a topology of devices that are not there, and prints, per chip:
+
+- bytes by kind. Arguments are parameters, averages, optimizer state and batch; "padding" is what
+  the chip's tiles add to them. Outputs that take an argument's place (aliased) cost nothing. The
+  sum stands beside the chip's memory (HBM); stay below 80 %, as the runtime needs some, too.
+- FLOPs: of the model (counted in the jaxpr; no recomputation), of all chips as the program runs
+  them (with it), and as XLA counts (each loop's body once).
+- collectives: kind, count (in a loop, times its turns), bytes of the whole arrays concerned, and
+  whether they are FSDP's, gathers of parameters and sums of gradients, or others.
+
+Topologies are GENERATION:XxY or XxYxZ, counting chips: v5e and v6e have two axes, v4 and v5p three,
+each with 2 to a host on the first two, as v5e:2x2, v5e:8x8 (v5e-64), v6e:4x4, v4:2x2x4 (v4-32),
+v5p:2x2x4 (v5p-32). A v4 chip shows two devices: their bytes are added. cpu:N is N virtual devices
+of this machine. Options of the config are those of the training scripts: --model.remat,
+--mesh.fsdp=8, --batch_size=512. What cannot be learnt here is time.
+"""
+
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict, config_flags
+
+from models import autoencoder as autoencoders
+from models import inception
+from models.autoencoder_kl import AutoencoderKL
+from pipelines import build
+from pipelines.flow import make_sampler
+from pipelines.plan import Plan
+from pipelines.pretrained import KL_SCALING
+from pipelines.train import step_flops
+from utils import cli, flops
+from utils.cli import UserError
+from utils.sharding import abstract_state, batch_sharding, make_mesh, replicated
+from utils.step import init_state, make_step
+
+GIB = 2**30
+SD_VAE = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+CLASSES = {"imagenet256": 1000, "celebahq256": 0}
+SMALL = 2**20  # bytes; a collective below it costs latency alone
+
+
+class Chip(NamedTuple):
+    """HBM in GiB and peak bf16 TFLOP/s, from the makers' pages."""
+
+    hbm: float
+    peak: float
+
+
+CHIPS = {
+    "v4": Chip(32, 275),
+    "v5e": Chip(16, 197),
+    "v5p": Chip(95, 459),
+    "v6e": Chip(32, 918),
+}
+GPUS = {"H100": Chip(80e9 / GIB, 989), "H200": Chip(141e9 / GIB, 989)}
+
+OBJECTIVES = {"mean_flow": build.mean_flow_objective, "flow_matching": build.flow_objective}
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "As v5e:8x8; or cpu:8. See above.")
+WHAT = flags.DEFINE_list("what", ["step"], "Of step, sampler, decoder, inception.")
+CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:variant].")
+OBJECTIVE = flags.DEFINE_enum("objective", "mean_flow", list(OBJECTIVES), "What is trained.")
+JSON = flags.DEFINE_string("json", "", "A file to which a JSON line per result is added.")
+TABLE = flags.DEFINE_string("table", "", "Such a file: prints its table and compiles nothing.")
+
+
+def main(_) -> None:
+    """Compiles and prints, or prints the table."""
+    if TABLE.value:
+        print(table(read(pathlib.Path(TABLE.value))))
+        return
+    unknown = [name for name in WHAT.value if name not in PROGRAMS]
+    if unknown or not WHAT.value:
+        raise UserError(f"--what={','.join(WHAT.value)}: of {', '.join(PROGRAMS)}")
+    name = next((w[len("--config=") :] for w in sys.argv if w.startswith("--config=")), "")
+    overrides = [w.removeprefix("--config.") for w in sys.argv if w.startswith("--config.")]
+    config = CONFIG.value
+    build.check_ranges(config)
+    devices = abstract_devices(TOPOLOGY.value)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    for what in WHAT.value:
+        found = {"config": name, "overrides": overrides} | measure(what, config, mesh)
+        print(told(found), flush=True)
+        if JSON.value:
+            with open(JSON.value, "a", encoding="utf-8") as file:
+                file.write(json.dumps(found) + "\n")
+
+
+def abstract_devices(topology: str) -> list:
+    """The devices of a topology, without the machine.
+
+    Raises:
+      UserError: no such topology, or no compiler for it.
+    """
+    kind, _, shape = topology.partition(":")
+    if kind == "cpu" and shape.isdecimal() and 0 < int(shape) <= 1024:
+        jax.config.update("jax_num_cpu_devices", int(shape))
+        return jax.devices("cpu")
+    if kind not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
+        raise UserError(f"--topology={topology}: as v5e:2x2, of {', '.join(CHIPS)}, or cpu:8")
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # the library raises its own kinds
+        if "libtpu" in str(error):
+            raise UserError(
+                'the TPU compiler is not installed: pip install "jax[tpu]", or --topology=cpu:8'
+            ) from error
+        raise UserError(f"--topology={topology}: there is none such ({error})") from error
+    return list(found.devices)
+
+
+# Programs: what is compiled, on shapes.
+
+
+class Program(NamedTuple):
+    """A jitted function, its abstract arguments by kind, and the parameters that FSDP splits."""
+
+    function: Callable
+    arguments: dict[str, Any]
+    static: tuple = ()
+    params: Any = None
+    model_flops: Callable[[], int] | None = None
+
+
+def sizes(config: ConfigDict) -> tuple[tuple[int, ...], int]:
+    """The shape of what is stored, and the number of classes."""
+    if config.dataset_name not in CLASSES or not config.image_size:
+        raise UserError(f"dataset_name={config.dataset_name}: of {', '.join(CLASSES)}")
+    side = config.image_size
+    stored = (side // 8, side // 8, 8) if config.use_stable_vae else (side, side, 3)
+    return stored, CLASSES[config.dataset_name]
+
+
+def codec_of(config: ConfigDict, mesh: Mesh) -> autoencoders.Autoencoder:
+    """Stable Diffusion's autoencoder, its weights shapes alone; or pixels."""
+    if not config.use_stable_vae:
+        return autoencoders.pixels()
+    network = SD_VAE.clone(dtype=jnp.dtype(config.autoencoder_dtype))
+    weights = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    scale = autoencoders.Scale.of({}, network.latent_channels, KL_SCALING)
+    slice_size = config.autoencoder_slice * mesh.size
+    return autoencoders.kl(network, weights["params"], scale, slice_size)
+
+
+def on(place: NamedSharding, tree: Any) -> Any:
+    """The shapes of a tree, at a place."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
+
+def step_program(config: ConfigDict, mesh: Mesh) -> Program:
+    """The training step, with moments of latents or pictures as they are stored."""
+    stored, classes = sizes(config)
+    codec = codec_of(config, mesh)
+    shape = build.latent_shape(codec, stored)
+    network = build.network(config, shape, classes)
+    local = config.batch_size // mesh.size // config.accumulation
+    if local * mesh.size * config.accumulation != config.batch_size:
+        raise UserError(f"batch_size={config.batch_size} does not split over {mesh.size} devices")
+    objective = OBJECTIVES[OBJECTIVE.value](config, classes, local=local)
+    n, integers = config.batch_size, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+    dtype = jnp.float16 if config.use_stable_vae else jnp.uint8
+    batch = {
+        "x": jax.ShapeDtypeStruct((n, *stored), dtype),
+        "label": integers,
+        "position": integers,
+    }
+    state = abstract_state(lambda: init_state(config, network.init), mesh)
+    return Program(
+        make_step(config, network.apply, objective, codec.sample, mesh),
+        {"state": state, "batch": on(batch_sharding(mesh), batch)},
+        params=state.params,
+        model_flops=lambda: step_flops(config, shape, classes, objective),
+    )
+
+
+def sampler_program(config: ConfigDict, mesh: Mesh) -> Program:
+    """A batch of samples in the most steps of --sample.steps, at --sample.guidance."""
+    stored, classes = sizes(config)
+    shape = build.latent_shape(codec_of(config, mesh), stored)
+    network = build.network(config, shape, classes)
+    params = on(replicated(mesh), jax.eval_shape(network.init, jax.random.key(0)))
+    index = jax.ShapeDtypeStruct((samples(mesh),), jnp.int32, sharding=batch_sharding(mesh))
+    arguments = {"params": params, "autoencoder": autoencoders.points(), "label": index}
+    sampler = "meanflow" if OBJECTIVE.value == "mean_flow" else "euler"
+    static = (max(config.sample.steps), sampler, config.sample.guidance, (0.0, 1.0))
+    return Program(make_sampler(network, shape), arguments | {"index": index, "seed": 0}, static)
+
+
+def decoder_program(config: ConfigDict, mesh: Mesh) -> Program:
+    """Latents to pictures."""
+    stored, _ = sizes(config)
+    codec = codec_of(config, mesh)
+    shape = (samples(mesh), *build.latent_shape(codec, stored))
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
+    decode = on(replicated(mesh), codec.decode)
+    return Program(jax.jit(lambda decode, x: decode(x)), {"params": decode, "latents": x})
+
+
+def inception_program(config: ConfigDict, mesh: Mesh) -> Program:
+    """Pictures to Inception's features, in FID's resize."""
+    picture = jnp.zeros((1, inception.SIDE, inception.SIDE, 3))
+    weights = jax.eval_shape(inception.Inception().init, jax.random.key(0), picture)
+    shape = (samples(mesh), config.image_size, config.image_size, 3)
+    x = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh))
+    apply = jax.jit(lambda weights, x: inception.Inception().apply(weights, inception.tf(x)))
+    return Program(apply, {"params": on(replicated(mesh), weights), "pictures": x})
+
+
+def samples(mesh: Mesh) -> int:
+    """An evaluation's batch, a multiple of the devices."""
+    return -(-Plan().batch_size // mesh.size) * mesh.size
+
+
+PROGRAMS = {
+    "step": step_program,
+    "sampler": sampler_program,
+    "decoder": decoder_program,
+    "inception": inception_program,
+}
+
+
+# What the compiler says.
+
+
+def measure(what: str, config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    """Compiles a program; returns what there is to say, as JSON holds it."""
+    program, start = PROGRAMS[what](config, mesh), time.monotonic()
+    arguments = (*program.arguments.values(), *program.static)
+    compiled = program.function.lower(*arguments).compile()
+    seconds = time.monotonic() - start
+    kind, devices = TOPOLOGY.value.partition(":")[0], mesh.devices.ravel()
+    chips = len({tuple(d.coords) for d in devices}) if kind in CHIPS else len(devices)
+    each = len(devices) // chips
+    n = config.batch_size if what == "step" else samples(mesh)
+    return {
+        "what": what,
+        "objective": OBJECTIVE.value,
+        "topology": TOPOLOGY.value,
+        "kind": kind,
+        "chips": chips,
+        "devices_per_chip": each,
+        "hbm": CHIPS[kind].hbm * GIB if kind in CHIPS else None,
+        "mesh": dict(mesh.shape),
+        "batch_size": n,
+        "max_steps": config.max_steps,
+        "bytes": {k: v * each for k, v in bytes_of(program, compiled).items()},
+        "model_flops": program.model_flops() if program.model_flops else None,
+        "flops": flops_of(program, arguments, mesh),
+        "xla_flops_per_device": float((compiled.cost_analysis() or {}).get("flops", 0)),
+        "collectives": collectives(compiled.as_text(), fsdp_shapes(program.params)),
+        "compile_seconds": round(seconds, 1),
+    }
+
+
+def flops_of(program: Program, arguments: tuple, mesh: Mesh) -> int:
+    """FLOPs of all devices as the program runs; a step's jaxpr is that of one device."""
+    fixed = len(arguments) - len(program.static)
+    bound = partial(_with_static, program.function, arguments[fixed:])
+    return flops.count(bound, *arguments[:fixed]) * (mesh.size if program.params else 1)
+
+
+def _with_static(function: Callable, static: tuple, *arguments: Any) -> Any:
+    return function(*arguments, *static)
+
+
+def bytes_of(program: Program, compiled: Any) -> dict[str, int]:
+    """Bytes of a device: arguments by kind, then what the compiler adds."""
+    kinds = dict(program.arguments)
+    state = kinds.pop("state", None)
+    if state is not None:
+        kinds = {"parameters": state.params, "ema": state.ema, "optimizer": state.opt_state} | kinds
+    found = {kind: sum(map(share, jax.tree.leaves(tree))) for kind, tree in kinds.items()}
+    stats = compiled.memory_analysis()
+    found["padding"] = stats.argument_size_in_bytes - sum(found.values())
+    found["outputs"] = stats.output_size_in_bytes
+    found["temporaries"] = stats.temp_size_in_bytes
+    found["code"] = stats.generated_code_size_in_bytes
+    found["aliased"] = -stats.alias_size_in_bytes
+    return found | {"sum": sum(found.values())}
+
+
+def share(leaf: Any) -> int:
+    """Bytes of a device's part of an abstract array."""
+    shape = getattr(leaf, "shape", ())
+    place = getattr(leaf, "sharding", None)
+    part = place.shard_shape(shape) if isinstance(place, NamedSharding) else shape
+    count = 1
+    for size in part:
+        count *= size
+    return count * jnp.dtype(getattr(leaf, "dtype", jnp.int32)).itemsize
+
+
+# Collectives, read from the optimised HLO's text.
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+KINDS += ("ragged-all-to-all", "collective-broadcast")
+OPERATION = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+NAME = re.compile(r"%([\w.\-]+)")
+ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+WIDTH = re.compile(r"\d+")
+
+
+def fsdp_shapes(params: Any) -> set[tuple[int, ...]]:
+    """The shapes, sides in order, of parameters and of their parts; reshapes keep neither."""
+    found = set()
+    for leaf in jax.tree.leaves(params):
+        for shape in (leaf.shape, leaf.sharding.shard_shape(leaf.shape)):
+            found |= {squeezed(shape), squeezed(shape[1:])}
+    return found
+
+
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The sides of a shape, by size, without ones: what transposing leaves as it is."""
+    return tuple(sorted(size for size in shape if size > 1))
+
+
+def collectives(text: str, wanted: set[tuple[int, ...]]) -> list[dict[str, Any]]:
+    """The collectives of a program, added up by kind and by whether they are FSDP's."""
+    bodies = computations(text)
+    turns = times_run(bodies)
+    found: dict[tuple[str, bool], list[int]] = {}
+    for name, lines in bodies.items():
+        for line in lines:
+            match = OPERATION.search(line)
+            if match and turns[name]:
+                for dims, size in arrays(match, line):
+                    key = match[2], dims != () and squeezed(dims) in wanted
+                    row = found.setdefault(key, [0, 0, 0])
+                    row[0] += turns[name]
+                    row[1] += turns[name] * size
+                    row[2] = max(row[2], size)
+    return [
+        {"kind": kind, "fsdp": ours, "count": count, "bytes": total, "largest": largest}
+        for (kind, ours), (count, total, largest) in sorted(found.items())
+    ]
+
+
+def computations(text: str) -> dict[str, list[str]]:
+    """The instructions of each computation by its name; the entry's is ""."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        header = HEADER.match(line)
+        if header:
+            lines = found.setdefault("" if header[1] else header[2], [])
+        elif line.startswith("  "):
+            lines.append(line)
+    return found
+
+
+def times_run(bodies: dict[str, list[str]]) -> Counter:
+    """How often each computation runs: a loop's body as often as it turns."""
+    calls = {name: list(called(lines, bodies)) for name, lines in bodies.items()}
+    turns = Counter({"": 1})
+    waiting = [("", 1)]
+    while waiting:
+        name, count = waiting.pop()
+        for inner, times in calls[name]:
+            turns[inner] += count * times
+            waiting.append((inner, count * times))
+    return turns
+
+
+def called(lines: list[str], bodies: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
+    """The computations that instructions call, and how often."""
+    for line in lines:
+        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+        times = int(trips[1]) if trips and " while(" in line else 1
+        for inner in set(NAME.findall(line)) & bodies.keys():
+            yield inner, times
+
+
+def arrays(match: re.Match, line: str) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Shape and bytes of each whole array of a collective: gathered, or before it is scattered."""
+    result = match[1]
+    if match[3] and match[2] != "all-reduce":  # (operands, results, …) of one that is in flight
+        found = ARRAY.findall(result)
+        found = found[len(found) // 2 :] if match[2] == "all-gather" else found[:1]
+    else:
+        found = ARRAY.findall(result)
+    factor = group_size(line) if match[2] == "reduce-scatter" else 1
+    for dtype, dims in found:
+        shape = tuple(map(int, dims.split(","))) if dims else ()
+        bits = int(WIDTH.search(dtype)[0]) if WIDTH.search(dtype) else 8
+        size = bits * factor // 8
+        for side in shape:
+            size *= side
+        yield shape, size
+
+
+def group_size(line: str) -> int:
+    """The devices that take part in a collective together."""
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    return int(iota[1]) if iota else len(listed[1].split(",")) if listed else 1
+
+
+# For readers.
+
+
+def told(found: dict[str, Any]) -> str:
+    """A result as lines of text."""
+    mesh, sizes = found["mesh"], found["bytes"]
+    lines = [
+        f"{found['what']} of {found['config']} {' '.join(found['overrides'])}".rstrip(),
+        f"  {found['topology']}, {found['chips']} chips, mesh data {mesh['data']} x fsdp "
+        f"{mesh['fsdp']}, {found['batch_size']} samples, compiled in {found['compile_seconds']} s",
+        "  GiB per chip: "
+        + ", ".join(f"{kind} {size / GIB:.3f}" for kind, size in sizes.items() if kind != "sum"),
+    ]
+    of = f" of {found['hbm'] / GIB:g}, {sizes['sum'] / found['hbm']:.0%}" if found["hbm"] else ""
+    lines.append(f"  sum: {sizes['sum'] / GIB:.2f} GiB per chip{of}")
+    model = f"model {found['model_flops'] / 1e12:.2f} T, " if found["model_flops"] else ""
+    lines.append(
+        f"  FLOPs: {model}run {found['flops'] / 1e12:.2f} T on all chips, by XLA's count "
+        f"{found['xla_flops_per_device'] / 1e12:.3f} T on a device (loops' bodies once)"
+    )
+    for row in found["collectives"]:
+        whose = "FSDP's" if row["fsdp"] else "others"
+        lines.append(
+            f"  {row['kind']}, {whose}: {row['count']} arrays, {row['bytes'] / 2**20:.2f} MiB, "
+            f"the largest {row['largest'] / 2**20:.3f}"
+        )
+    return "\n".join(lines if found["collectives"] else [*lines, "  no collectives"])
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The results in a file of JSON lines.
+
+    Raises:
+      UserError: there is no such file, or it holds something else.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--table={path}: no file of results ({error}); make it by --json"
+        ) from error
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """docs/devices.md's table."""
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    cli.run(main)
