@@ -91,20 +91,25 @@ def check_ranges(config: ConfigDict) -> None:
             f"optimizer.warmup_steps={o.warmup_steps} must be below max_steps={config.max_steps}: "
             f"give --optimizer.warmup_steps={config.max_steps // 10}"
         )
+    _check_lists(values)
+    _check_network(config)
+    _check_evaluation(config)
+
+
+def _check_lists(values: dict[str, Any]) -> None:
+    """Raises UserError where a list holds something else than it should."""
     for key in ("sample.steps", "fid.steps"):
         steps = values[key]
         whole = isinstance(steps, tuple) and all(type(step) is int for step in steps)
         if not (whole and steps and 1 <= min(steps) <= max(steps) <= MOST_STEPS):
             raise UserError(f"{key}={steps}: give --{key}=1,32 or the like, up to {MOST_STEPS}")
     interval = values["mean_flow.guidance_interval"]
-    times = isinstance(interval, tuple) and all(type(t) in (int, float) for t in interval)
-    if not (times and len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+    numbers = isinstance(interval, tuple) and all(type(t) in (int, float) for t in interval)
+    if not (numbers and len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
         raise UserError(
             f"mean_flow.guidance_interval={interval}: two times from 0 to 1, the lower first: "
             "give --mean_flow.guidance_interval=0,1"
         )
-    _check_network(config)
-    _check_evaluation(config)
 
 
 def _check_network(config: ConfigDict) -> None:
@@ -136,9 +141,13 @@ def _check_evaluation(config: ConfigDict) -> None:
         raise UserError(f"fid.num={config.fid.num}: give --fid.num=2000, or 0 for none")
     points = config.dataset_name in TOYS
     if points and config.fid.num:
-        raise UserError(f"{config.dataset_name} has points, no pictures' features: leave --fid.num=0")
+        raise UserError(
+            f"{config.dataset_name} has points, no pictures' features: leave --fid.num=0"
+        )
     if points and config.sample.guidance != 1:
-        raise UserError(f"{config.dataset_name} has no labels to guide by: leave --sample.guidance=1")
+        raise UserError(
+            f"{config.dataset_name} has no labels to guide by: leave --sample.guidance=1"
+        )
 
 
 class Network(NamedTuple):
