@@ -12,20 +12,23 @@
     python eval_fid.py --samples=pictures.zip --reference=VIRTUAL_imagenet256_labeled.npz
 
 The same command again goes on where it was interrupted; another one with the same --out adds to
-its cells, and several jobs may share one --out at a time, as those of a SLURM array do.
+its cells, and several jobs may share one --out at a time, as those of a SLURM array do. Several
+processes are one job by --coordinator, --num_processes and --process_id, or found by themselves.
 """
 
 from collections.abc import Sequence
 
 from pipelines import report, sweep
 from pipelines.plan import Plan
-from utils import cli
+from utils import cli, hosts
 
 cli.define_flags(Plan)
+cli.define_flags(hosts.Hosts)
 
 
 def main(_: Sequence[str]) -> None:
     """Measures what is missing, and prints the table."""
+    hosts.join(cli.read_flags(hosts.Hosts))
     plan = cli.read_flags(Plan)
     sections = sweep.run(plan)
     if sections:

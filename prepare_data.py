@@ -13,7 +13,8 @@
     # pictures of your own, in a folder or a .zip; top folders, where there are, give the labels
     python prepare_data.py --source=pictures.zip --autoencoder=stabilityai/sd-vae-ft-mse \\
         --out=data/pictures
-    # two processes at once, each with its share of the work, on one machine or on two
+    # two processes at once, each with its share of the work, on one machine or on two; those of a
+    # TPU pod or of a SLURM step share it by themselves
     python prepare_data.py --source=... --out=data/imagenet256 --share=0/2
     python prepare_data.py --source=... --out=data/imagenet256 --share=1/2
     # originals beside reconstructions and the latents' channels, during the work or after it
@@ -30,23 +31,31 @@ from collections.abc import Sequence
 from absl import flags
 
 from pipelines import prepare, prepare_report, prepare_statistics
-from utils import cli
+from utils import cli, hosts
 
 cli.define_flags(prepare.Plan)
 cli.define_flags(prepare_statistics.Wanted)
+cli.define_flags(hosts.Hosts)
 REPORT = flags.DEFINE_boolean("report", False, "Writes report.md and report.png into --out.")
 
 
 def main(_: Sequence[str]) -> None:
     """Makes what is missing; --report or --statistics alone only look at what is there."""
+    hosts.join(cli.read_flags(hosts.Hosts))
     plan = cli.read_flags(prepare.Plan)
     wanted = cli.read_flags(prepare_statistics.Wanted)
     if (plan.source and plan.out) or not (REPORT.value or wanted.statistics):
-        print(prepare.prepare(plan))
-    if REPORT.value:
-        print(f"written: {prepare_report.write(plan)}")
+        tell(prepare.prepare(plan))
+    if REPORT.value and hosts.first():
+        tell(f"written: {prepare_report.write(plan)}")
     if wanted.statistics:
-        print(f"written: {prepare_statistics.write(wanted, plan)}")
+        tell(f"written: {prepare_statistics.write(wanted, plan)}")
+
+
+def tell(line: str) -> None:
+    """Prints a line, once for all processes."""
+    if hosts.first():
+        print(line)
 
 
 if __name__ == "__main__":

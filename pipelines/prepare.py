@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from utils.cli import UserError, absolute
 from utils.fid import FeatureStats
 from utils.log import progress
 from utils.pictures import open_pictures
-from utils.sharding import batch_sharding, make_mesh, replicated
+from utils.sharding import agreed, batch_sharding, make_mesh, replicated
 from utils.shards import Card
 from utils.sources import CorruptPicture, Pictures, centre_crop, decode
 
@@ -46,6 +47,7 @@ CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),
 }
 _AHEAD = 2  # batches that are read and decoded while one is encoded
+_LOOK = 1.0  # seconds between looks at what other processes have finished
 _PER_DEVICE = {"cpu": 4}  # pictures per device and call
 _PER_ACCELERATOR = 32
 
@@ -69,6 +71,7 @@ class Plan(NamedTuple):
       batch_size: Pictures at a time over all local devices; 0: by their number.
       shard_size: Pictures of a shard; 0: by the number of pictures.
       share: I/N: makes the shards k with k % N = I; each of N hosts or processes needs its own.
+        Processes that JAX joins, by --coordinator or by themselves, share without it.
       num: Only the first so many, of one class where sorted so; 0: all.
       skip_corrupt: Leaves out pictures that cannot be read, and says so.
     """
@@ -102,7 +105,8 @@ class Work(NamedTuple):
 def prepare(plan: Plan) -> str:
     """Makes the shards of this process's share that are not there yet; returns what there is now.
 
-    The process that finds all shards there reads them once and completes the folder.
+    The process that finds all shards there reads them once and completes the folder. Of processes
+    that JAX joins, number 0 begins and completes it, and the others wait for that.
 
     Raises:
       UserError: a plan that cannot be carried out, one that differs from what `plan.out` was begun
@@ -114,7 +118,7 @@ def prepare(plan: Plan) -> str:
     share, of = _share(plan.share)
     work = open_work(plan)
     out = pathlib.Path(plan.out).expanduser()
-    card = _begin(out, work)
+    card = _begin_together(out, work)
     shards.remove_leftovers(out)
     todo = [k for k in shards.missing_shards(out, card) if k % of == share]
     if todo and card.complete:  # somebody took a shard away
@@ -125,11 +129,35 @@ def prepare(plan: Plan) -> str:
         parts = _ticked(_records(work, todo), bar)
         for shard in todo:
             shards.write_shard(shards.shard_path(out, card, shard), _of_one_shard(parts))
+    if jax.process_count() > 1:
+        _wait_for_others(out, card)
     missing = shards.missing_shards(out, card)
     if missing:
         there = f"{card.shards - len(missing)} of {card.shards} shards are there"
         return f"share {share}/{of} of {out} is done; {there}, the other shares make the rest"
     return told(out, complete(out, work))
+
+
+def _begin_together(out: pathlib.Path, work: Work) -> Card:
+    """`_begin`, on process 0 first; the others find its card."""
+    if jax.process_index() == 0:
+        card = _begin(out, work)
+        agreed(0)
+        return card
+    agreed(0)
+    if not (out / "card.json").is_file():
+        raise UserError(
+            f"{out} is not the folder that process 0 has begun: name one that all hosts share"
+        )
+    return _begin(out, work)
+
+
+def _wait_for_others(out: pathlib.Path, card: Card) -> None:
+    """Waits until process 0 can complete the folder; elsewhere, until it has."""
+    while shards.missing_shards(out, card):
+        time.sleep(_LOOK)
+    while jax.process_index() and not shards.read_card(out, complete=False).complete:
+        time.sleep(_LOOK)
 
 
 def told(out: pathlib.Path, card: Card) -> str:
@@ -240,6 +268,8 @@ def _share(text: str) -> tuple[int, int]:
     """Which shards this process makes: those with k % N == I."""
     if not text:
         return jax.process_index(), jax.process_count()
+    if jax.process_count() > 1:
+        raise UserError(f"--share={text}: joined processes share by themselves, leave it out")
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     share, of = map(int, found.groups()) if found else (0, 0)
     if share >= of:

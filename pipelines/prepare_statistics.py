@@ -4,6 +4,8 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
+import jax
+
 from configs import base
 from pipelines import groups, prepare, reference
 from pipelines import plan as plans
@@ -62,7 +64,8 @@ def write(wanted: Wanted, plan: prepare.Plan) -> str:
         cache_dir=wanted.cache_dir,
     )
     about = {"image_size": dataset.shape[0], "count": len(dataset.train), "commit": commit()}
-    reference.save(wanted.statistics, found, extractor, **about)
+    if jax.process_index() == 0:  # it alone has the sums
+        reference.save(wanted.statistics, found, extractor, **about)
     return f"{wanted.statistics}: {words}, {extractor.words}"
 
 

@@ -6,6 +6,7 @@ lost; only a parent can say so in a line and give the exit status that scripts l
 """
 
 import contextlib
+import faulthandler
 import importlib.util
 import os
 import pathlib
@@ -24,7 +25,7 @@ from utils.cli import UserError
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, the same command goes on
 LOST = 76  # EX_PROTOCOL: another host stopped or was lost, the same command goes on
-_SHUTDOWN = 120  # seconds to wait for the others at the end
+_SHUTDOWN = 3600  # seconds to wait at the end for those still at work; a lost one ends it before
 _LINE = "FLOW_HOSTS_LINE"  # the worker's end of the line to its parent, a file descriptor
 _JOINING, _JOINED, _TOLD = b"j", b"J", b"T"  # what the worker says on it
 _LOST = "another host stopped or was lost: the same command, on all hosts, goes on"
@@ -135,6 +136,13 @@ def join(options: Hosts, *, saves: bool = False) -> None:
     _say(_JOINED)
 
 
+def first() -> bool:
+    """Whether this process writes what is written once: it is alone, or number 0."""
+    import jax
+
+    return jax.process_index() == 0
+
+
 def arguments(options: Hosts) -> dict[str, Any] | None:
     """What `jax.distributed.initialize` is to be given; None: this process is alone.
 
@@ -215,6 +223,8 @@ def _attend(options: Hosts) -> None:
     """Makes a process without a parent one; the worker ends when its parent does."""
     if _LINE not in os.environ:
         sys.exit(_wait_for_worker(options))
+    if not os.environ.get("PYTHONFAULTHANDLER"):
+        faulthandler.disable()  # absl's: pages of threads where XLA ends what lost its peers
     line = socket.socket(fileno=int(os.environ[_LINE]))
     line.set_inheritable(False)  # to what the worker starts
 
