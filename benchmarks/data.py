@@ -45,12 +45,16 @@ from utils.sharding import make_mesh
 from utils.sources import Pictures, PictureSource
 
 AUTOENCODER = flags.DEFINE_string("autoencoder", "", "A folder or name: one more to measure.")
-ITEMS = flags.DEFINE_integer("items", 20_000, "Moments on disk; 16.4 KB each.")
-STEPS = flags.DEFINE_integer("steps", 200, "Batches that each of the rates is taken over.")
+ITEMS = flags.DEFINE_integer("items", 20_000, "Moments on disk; 16.4 KB each.", lower_bound=1)
+STEPS = flags.DEFINE_integer(
+    "steps", 200, "Batches that each of the rates is taken over.", lower_bound=2
+)
 COMPUTE_DTYPE = flags.DEFINE_enum(
     "compute_dtype", "float32", ["float32", "bfloat16"], "Of the VAE."
 )
-BATCH = flags.DEFINE_integer("batch", 0, "Pictures of a call; 0: 2 on a CPU, else 32.")
+BATCH = flags.DEFINE_integer(
+    "batch", 0, "Pictures of a call; 0: 2 on a CPU, else 32.", lower_bound=0
+)
 
 BATCH_SIZE = 256
 STEP_SECONDS = 24.7e-3

@@ -20,22 +20,22 @@ from models import autoencoder as autoencoders
 from models.dit import SIZES, DiT
 from models.layers import TIME_INPUTS
 from models.mlp import MLP
-from pipelines.plan import FEATURES, FEWEST
+from pipelines.plan import FEATURES, FEWEST, MOST_STEPS
 from pipelines.pretrained import Pretrained, load_autoencoder
 from utils.cli import SIZE_KEYS, UserError, absolute, flatten
+from utils.sources import LARGEST
 from utils.toys import TOYS
 
 AUTOENCODER = "autoencoder"  # the folder of the copy that goes with latents, and with a model
 MANY = 2**31 - 1
 MOST_PARAMETERS = 10**11  # with their average and Adam's moments 2 TB
-MOST_STEPS = 10_000  # of a sampler; its times are an array of the program
 SEVERAL = 1_000_000
 RANGES: dict[str, tuple[float, float]] = {  # the least and the most a key may be
     "seed": (0, MANY),
     **dict.fromkeys(("batch_size", "accumulation"), (1, 2**24)),
     **dict.fromkeys(("max_steps", "keep_checkpoints"), (1, MANY)),
     **dict.fromkeys(("log_interval", "eval_interval", "save_interval"), (1, MANY)),
-    "image_size": (0, 4096),
+    "image_size": (0, LARGEST),
     **dict.fromkeys((f"model.{key}" for key in SIZE_KEYS), (1, SEVERAL)),
     "model.depth": (1, 1000),
     "autoencoder_slice": (0, SEVERAL),

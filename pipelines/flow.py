@@ -320,7 +320,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         folder, name = path.parent, path.name
         raise UserError(f"{folder} is no run and no exported model: it has no {name}") from None
     except ValueError as error:

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 from flows.samplers import SAMPLERS
 from pipelines import extractors, measure
 from utils.cli import UserError
+from utils.sources import LARGEST
 
 PICTURES, POINTS = 50_000, 10_000  # samples of a cell, where their number is not given
 CLASSIFIER = "classifier"
@@ -14,6 +15,15 @@ METRICS = (*measure.PARTS, "nearest")
 DEFAULT_METRICS = tuple(measure.PARTS)  # as far as the features serve them
 FEWEST = 4  # samples that any metric can do with: recall looks for the third neighbour
 FEW = 10_000  # samples below which a FID is a glance, not a result
+MOST_STEPS = 10_000  # of a sampler; its times are an array of the program
+RANGES = {  # the least and the most an option may be
+    "steps": (1, MOST_STEPS),
+    "num_samples": (0, 100_000_000),
+    "batch_size": (1, 1_000_000),
+    "bootstrap": (0, 100_000),
+    "expires": (10, 10_000_000),
+    "image_size": (0, LARGEST),
+}
 
 Interval = tuple[float, float]
 
@@ -114,12 +124,13 @@ def checked(plan: Plan) -> Plan:
 
 
 def _check_numbers(plan: Plan) -> None:
-    least = {"num_samples": 0, "batch_size": 1, "bootstrap": 0, "expires": 10, "image_size": 0}
-    for name, low in least.items():
-        if getattr(plan, name) < low:
-            raise UserError(f"--{name}={getattr(plan, name)}: at least {low}")
-    if min(plan.steps) < 1:
-        raise UserError(f"--steps={min(plan.steps)}: at least 1")
+    for name, (low, high) in RANGES.items():
+        value = getattr(plan, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if min(numbers) < low:
+            raise UserError(f"--{name}={min(numbers)}: at least {low}")
+        if max(numbers) > high:
+            raise UserError(f"--{name}={max(numbers)}: at most {high}")
     if 0 < plan.num_samples < FEWEST:
         raise UserError(f"--num_samples={plan.num_samples}: at least {FEWEST}, and 2000 say more")
     if plan.bootstrap == 1:

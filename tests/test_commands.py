@@ -1,4 +1,4 @@
-"""The command lines as a user types them: what they build, and what a mistake is told."""
+"""The command lines as a user types them, and what they build; mistakes are in test_mistakes.py."""
 
 import functools
 import json
@@ -107,71 +107,6 @@ def test_every_config_has_the_keys_of_the_base(file):
 def run(line: str, cwd=ROOT) -> subprocess.CompletedProcess:
     words = [sys.executable, *line.split()]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
-MISTAKES = {
-    "unknown key": ("train_flow.py --config.model.dpeth=3", "did you mean --model.depth?"),
-    "unknown short key": ("train_flow.py --model.lr 1e-4", "did you mean --optimizer.lr?"),
-    "misspelt flag": ("train_flow.py --wrkdir=x", "did you mean --workdir?"),
-    "misspelt flag of the evaluator": ("eval_fid.py --stesp=1", "did you mean --steps?"),
-    "wrong type": ("train_flow.py --batch_size=many", "invalid literal for int()"),
-    "stray word": ("train_flow.py digits", "stray word 'digits'"),
-    "no such config": (
-        "train_flow.py --config=configs/dgits.py",
-        "no config file",
-    ),
-    "no such variant": ("train_flow.py --config=configs/toy.py:moon", "one of checkerboard"),
-    "no such data set": ("train_flow.py --dataset_name dgits", "did you mean digits?"),
-    "missing data": ("train_flow.py --config=configs/mnist.py --data_dir=no/where", "no/where"),
-    "missing pictures": ("train_flow.py --config=configs/folder.py", "--data_dir"),
-    "latents": ("train_flow.py --dataset_name imagenet256 --data_dir=x", "--use_stable_vae=0"),
-    "batch and devices": (
-        "train_flow.py --batch_size=100 --accumulation=8",
-        "--batch_size=64",
-    ),
-    "mesh": ("train_flow.py --mesh.data=3", "mesh.data=3"),
-    "unknown size": ("train_flow.py --model.size=B/3", "one of S/1"),
-    "patch": ("train_flow.py --model.patch_size=3", "does not divide 8x8"),
-    "heads": ("train_flow.py --model.num_heads=5", "multiple of 4 and of model.num_heads=5"),
-    "share": ("train_meanflow.py --mean_flow.interval_share=2", "from 0 to 1"),
-    "kappa": ("train_meanflow.py --mean_flow.kappa=1", "from 0 to 0.999"),
-    "no interval": ("train_flow.py --log_interval=0", "log_interval=0: give --log_interval from 1"),
-    "not a number": ("train_flow.py --optimizer.lr=nan", "optimizer.lr=nan"),
-    "malformed": ("train_flow.py --=3", "unknown flag or config key"),
-    "no variants": ("train_flow.py --config=configs/digits.py:small", "has no variants: leave"),
-    "no config": ("train_flow.py --config=README.md", "no config in README.md"),
-    "warm-up": ("train_flow.py --config=configs/toy.py --max_steps=9", "warmup_steps=0"),
-    "mlp for pictures": ("train_flow.py --model.name=mlp", "--model.name=dit for pictures"),
-    "no width": (
-        "train_flow.py --config=configs/toy.py --model.hidden_size=0",
-        "hidden_size from 1",
-    ),
-    "wandb": ("train_flow.py --wandb.mode=on", "disabled, offline or online"),
-    "time inputs": ("train_meanflow.py --model.time_inputs=t", "two times"),
-    "null label": (
-        "train_meanflow.py --mean_flow.kappa=0.5 --model.class_dropout_prob=0",
-        "trained null label",
-    ),
-    "no steps": ("train_flow.py --sample.steps=()", "--sample.steps=1,32"),
-    "guidance without labels": (
-        "train_meanflow.py --config=configs/toy.py --mean_flow.omega=2",
-        "guidance needs labels",
-    ),
-    "time law": ("train_flow.py --flow_matching.time_law=beta", "logit_normal or uniform"),
-    "missing checkpoint": ("eval_fid.py --workdir=no/where --out=x", "no/where"),
-}
-
-
-@pytest.mark.parametrize(("line", "told"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_told_in_one_line(line, told, tmp_path):
-    words = line.split()
-    if words[0].startswith("train") and "wrkdir" not in line:
-        words.append(f"--workdir={tmp_path}/run")
-    result = run(" ".join(words))
-    lines = [s for s in result.stderr.splitlines() if s.strip()]
-    assert result.returncode == 2, result.stderr
-    assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], result.stderr
-    assert not any(tmp_path.rglob("*.json"))
 
 
 def test_help_teaches_the_command():

@@ -65,6 +65,9 @@ def _mirror(x: np.ndarray, mirrored: np.ndarray | None) -> None:
         x[mirrored] = x[mirrored, :, ::-1]
 
 
+LARGEST = 8192  # pixels of a side that pictures are cropped to: 200 MB each
+
+
 class Pictures(NamedTuple):
     """Encoded pictures at random access, wherever they lie."""
 
@@ -77,7 +80,9 @@ class Pictures(NamedTuple):
     size: int = 0  # pixels of a side that they are cropped to already; 0: they come as they are
 
     def check_size(self, size: int) -> None:
-        """Raises UserError where they are cropped to another size already."""
+        """Raises UserError where they are cropped to another size already, or cannot be."""
+        if size > LARGEST:
+            raise UserError(f"--image_size={size}: pixels to crop pictures to, {LARGEST} at most")
         if self.size:
             check_size(self.where, self.size, size)
 
