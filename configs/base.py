@@ -31,7 +31,14 @@ def get_config() -> ConfigDict:
             "log_interval": 100,  # steps
             "eval_interval": 10_000,  # steps; sample grids and self-consistency
             "save_interval": 5_000,  # steps
-            "keep_checkpoints": 2,
+            "save_patience": 6.0,  # hours without a save that succeeds, until the run fails
+            "keep_checkpoints": 2,  # the newest
+            "keep_best": 1,  # beside them, those with the lowest best_metric
+            "best_metric": "",  # of an evaluation: self_consistency, fid_quick_2000/1_step; "": none
+            # Updates that are not finite are left out; after `skip_limit` in a row the run stops.
+            "skip_limit": 10,
+            "stall": 120.0,  # seconds without data or progress until a line says so
+            "deterministic": False,  # bit for bit on GPUs too, slower; on CPU and TPU always
             "objective": "",  # set by the training script
             "model": _model(),
             **_objectives(),

@@ -28,7 +28,7 @@ from pipelines.pretrained import copy_autoencoder
 from utils.checkpoint import Checkpoints
 from utils.cli import UserError, flatten
 from utils.sharding import batch_sharding, fetch, make_mesh, replicated
-from utils.train import SAMPLING, stream
+from utils.step import SAMPLING, stream
 
 WEIGHTS = "model.safetensors"
 NO_EMA = "none"  # asks for the parameters themselves, not for an average

@@ -20,7 +20,8 @@ FREE = (
         "eval_interval",
         "save_interval",
     ),
-    *("keep_checkpoints", "tensorboard", "model.remat", "model.unroll"),
+    *("save_patience", "keep_checkpoints", "keep_best", "best_metric", "skip_limit", "stall"),
+    *("deterministic", "tensorboard", "model.remat", "model.unroll"),
     *("mesh.", "sample.", "fid.", "wandb."),
 )
 LATEST, ALL = "latest", "all"

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from flows.consistency import self_consistency
 from flows.path import interpolate
+from models.autoencoder import Autoencoder
 from pipelines import build
 from pipelines.flow import FlowPipeline, read_json, trained_card, write_json
 from pipelines.quick import QuickDistance
@@ -22,8 +23,9 @@ from utils.cli import UserError, absolute, flatten
 from utils.feed import feed
 from utils.figures import grid
 from utils.log import Logger
-from utils.sharding import make_mesh
-from utils.train import EVALUATION, TrainState, check_batch, fit, stream
+from utils.sharding import batch_sharding, make_mesh, replicated
+from utils.step import EVALUATION, TrainState, stream
+from utils.train import check_batch, fit
 
 
 def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainState:
@@ -83,19 +85,29 @@ class Evaluate:
         self.decay = str(self.config.ema.decay)
         source = dataset.heldout if len(dataset.heldout) else dataset.train
         held = data.arrays(source, range(min(256, len(source))))
-        self.held = {k: jnp.asarray(v) for k, v in held.items()}
+        mesh = make_mesh()  # of several processes' devices, where there are several
+        evenly = len(held["label"]) % mesh.size == 0
+        self.held = jax.device_put(held, batch_sharding(mesh) if evenly else replicated(mesh))
+        self.codec = jax.device_put(pipeline.autoencoder, replicated(mesh))
         self.consistency = jax.jit(self._consistency)
         self.distance = QuickDistance(pipeline, dataset) if self.config.fid.num else None
 
-    def __call__(self, state: TrainState, logger: Logger) -> None:
-        """Writes pictures and scalars of the averaged parameters."""
+    def __call__(self, state: TrainState, logger: Logger) -> dict[str, float]:
+        """Writes pictures and scalars of the averaged parameters; returns the scalars.
+
+        Process 0 has all of them.
+        """
         step, params = int(state.step), state.ema[self.decay]
         for steps in self.config.sample.steps:
             logger.picture(step, f"steps_{steps}", grid(self._pictures(params, steps)))
+        metrics: dict[str, float] = {}
         if self.config.objective == "mean_flow":
-            logger.scalars(step, {"self_consistency": float(self.consistency(params))})
+            metrics["self_consistency"] = float(self.consistency(params, self.codec, self.held))
         if self.distance:
-            logger.scalars(step, self.distance(params))
+            metrics |= self.distance(params)
+        if metrics:
+            logger.scalars(step, metrics)
+        return metrics
 
     def _pictures(self, params: Any, steps: int) -> np.ndarray:
         count, classes = self.config.sample.num, self.pipeline.num_classes
@@ -103,19 +115,19 @@ class Evaluate:
         scale = self.config.sample.guidance
         return self.pipeline.with_params(params)(labels, steps=steps, guidance=scale)
 
-    def _consistency(self, params: Any) -> jax.Array:
+    def _consistency(self, params: Any, codec: Autoencoder, held: dict) -> jax.Array:
         """The mean self-consistency at three ordered times on each held-out sample."""
         key = stream(self.config.seed, EVALUATION)
         noise_key, time_key, encode_key = jax.random.split(key, 3)
-        n = self.held["label"].shape[0]
-        x = self.pipeline.autoencoder.sample(self.held["x"], jax.random.split(encode_key, n))
+        n = held["label"].shape[0]
+        x = codec.sample(held["x"], jax.random.split(encode_key, n))
         r, s, t = jnp.sort(jax.random.uniform(time_key, (3, n)), axis=0)
         z = interpolate(x, jax.random.normal(noise_key, x.shape), t)
-        velocity = functools.partial(self._velocity, params)
-        return jnp.mean(self_consistency(velocity, z, r, s, t))
 
-    def _velocity(self, params: Any, z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
-        return self.pipeline.network.apply(params, z, r, t, self.held["label"], None)
+        def velocity(z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
+            return self.pipeline.network.apply(params, z, r, t, held["label"], None)
+
+        return jnp.mean(self_consistency(velocity, z, r, s, t))
 
 
 def make_card(

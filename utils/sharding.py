@@ -6,7 +6,7 @@ The batch is split over both axes, `data` and `fsdp`; parameters, EMA and optimi
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from utils.cli import UserError
 
 AXES = ("data", "fsdp")
+Number = TypeVar("Number", int, float)
 SMALLEST = 2**16  # elements; splitting smaller arrays costs more than it saves
 
 
@@ -149,11 +150,12 @@ def fetch(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def agreed(value: int) -> int:
+def agreed(value: Number) -> Number:
     """What process 0 says, on every process; all processes call it alike."""
     if jax.process_count() == 1:
         return value
-    return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
+    kind = np.float32 if isinstance(value, float) else np.int32
+    return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value, kind)))
 
 
 def anywhere(flag: bool) -> bool:

@@ -1,0 +1,148 @@
+"""One step of the optimizer: TrainState, and how a batch changes it.
+
+The objective arrives as an argument: nothing here knows what is learned. Everything random is a
+function of (seed, step, position in the global batch), so a run does not depend on devices, hosts,
+accumulation or interruptions.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from utils.cli import UserError
+from utils.sharding import mean_gradient, state_sharding
+
+INITIALISATION, TRAINING, SAMPLING, EVALUATION = range(4)  # streams of one seed
+
+Objective = Callable[[Callable, Any, dict, Array], tuple[Array, dict]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a run is at a step: arrays only."""
+
+    step: Array  # () int32, steps done
+    params: Any
+    ema: dict[str, Any]  # {name: averaged parameters}
+    opt_state: Any
+
+
+def stream(seed: int | Array, number: int) -> Array:
+    """The key of one of a seed's streams; they never meet."""
+    return jax.random.fold_in(jax.random.split(jax.random.key(seed))[1], number)
+
+
+def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW with warm-up, schedule and clipping, from `config.optimizer` and `config.max_steps`."""
+    o = config.optimizer
+    if o.schedule == "constant":
+        # A warm-up of no steps stays at its first value, 0, in optax.
+        start = 0.0 if o.warmup_steps else o.lr
+        schedule = optax.warmup_constant_schedule(start, o.lr, o.warmup_steps)
+    elif o.schedule == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(0.0, o.lr, o.warmup_steps, config.max_steps)
+    else:
+        raise UserError(f"optimizer.schedule={o.schedule!r}: constant or cosine")
+    clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
+    adamw = optax.adamw(schedule, o.beta1, o.beta2, weight_decay=o.weight_decay)
+    return optax.chain(clip, adamw), schedule
+
+
+def init_state(config: ConfigDict, init: Callable[[Array], Any]) -> TrainState:
+    """The state before the first step; `init(key)` makes the parameters."""
+    optimizer, _ = make_optimizer(config)
+    params = init(stream(config.seed, INITIALISATION))
+    ema = {str(config.ema.decay): params}
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+
+
+def make_step(
+    config: ConfigDict, network: Callable, objective: Objective, encode: Callable, mesh: Mesh
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """Returns the jitted step (state, batch) → (state, metrics); the state given is used up.
+
+    An update whose loss or gradient is not finite is left out: the state stays as it is but for
+    `step`, which moves on, so that the next batch is another one.
+
+    Args:
+      encode: (moments, keys (n,)) → x.
+    Returns:
+      As metrics, scalars by name, `skipped` (1 where the update was left out) among them, and
+      `leaf_norms` (leaves,), the gradient's norm by leaf of the parameters.
+    """
+    optimizer, schedule = make_optimizer(config)
+
+    def loss(params: Any, batch: dict, key: Array):
+        encode_key, key = jax.random.split(key)
+        keys = jax.vmap(lambda i: jax.random.fold_in(encode_key, i))(batch["position"])
+        return objective(network, params, {**batch, "x": encode(batch["x"], keys)}, key)
+
+    def of_one_device(params: Any, batch: dict, key: Array) -> tuple[Any, dict]:
+        gradient = jax.grad(lambda p, b: _with_loss(loss(p, b, key)), has_aux=True)
+        return accumulate(gradient, params, microbatches(batch, config.accumulation))
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(stream(config.seed, TRAINING), state.step)
+        grads, metrics = mean_gradient(of_one_device, mesh)(state.params, batch, key)
+        metrics = {name: total / count for name, (total, count) in metrics.items()}
+        norms = jnp.stack([optax.tree.norm(leaf) for leaf in jax.tree.leaves(grads)])
+        norm = optax.tree.norm(norms)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = update_ema(state.ema, params, state.step, config.ema.start_step)
+        new = TrainState(state.step + 1, params, ema, opt_state)
+        state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        metrics |= {
+            "grad_norm": norm,
+            "leaf_norms": norms,
+            "lr": jnp.asarray(schedule(new.step - 1)),
+            "skipped": (~finite).astype(jnp.float32),
+        }
+        state = dataclasses.replace(state, step=new.step)
+        return jax.lax.with_sharding_constraint(state, state_sharding(mesh, state)), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _with_loss(result: tuple[Array, dict]) -> tuple[Array, dict]:
+    loss, metrics = result
+    return loss, {**metrics, "loss": (loss, jnp.ones_like(loss))}
+
+
+def microbatches(batch: dict, count: int) -> dict:
+    """(B, ...) → (count, B / count, ...)."""
+    return jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), batch)
+
+
+def accumulate(gradient: Callable, params: Any, parts: dict) -> tuple[Any, dict]:
+    """The mean gradient and the added metrics over microbatches, one at a time."""
+    count = jax.tree.leaves(parts)[0].shape[0]
+    if count == 1:
+        return gradient(params, jax.tree.map(lambda a: a[0], parts))
+    abstract = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], parts))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
+
+    def add(sums: tuple, part: dict) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, sums, gradient(params, part)), None
+
+    grads, metrics = jax.lax.scan(add, zeros, parts)[0]
+    return jax.tree.map(lambda g: g / count, grads), metrics
+
+
+def update_ema(ema: dict[str, Any], params: Any, step: Array, start_step: int) -> dict[str, Any]:
+    """average ← d · average + (1 − d) · params, after the update; a copy before `start_step`."""
+
+    def update(decay: float, average: Any) -> Any:
+        d = jnp.where(step < start_step, 0.0, decay)
+        return jax.tree.map(lambda a, p: d * a + (1 - d) * p, average, params)
+
+    return {name: update(float(name), average) for name, average in ema.items()}
