@@ -43,6 +43,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
@@ -58,13 +59,19 @@ from pipelines.pretrained import KL_SCALING
 from pipelines.train import step_flops
 from utils import cli, flops
 from utils.cli import UserError
-from utils.sharding import abstract_state, batch_sharding, make_mesh, replicated
+from utils.sharding import (
+    AXES,
+    abstract_state,
+    batch_sharding,
+    make_mesh,
+    mesh_sizes,
+    replicated,
+)
 from utils.step import init_state, make_step
 
 GIB = 2**30
 SD_VAE = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
 CLASSES = {"imagenet256": 1000, "celebahq256": 0}
-SMALL = 2**20  # bytes; a collective below it costs latency alone
 
 
 class Chip(NamedTuple):
@@ -104,7 +111,7 @@ def main(_) -> None:
     config = CONFIG.value
     build.check_ranges(config)
     devices = abstract_devices(TOPOLOGY.value)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    mesh = mesh_of(config, devices)
     for what in WHAT.value:
         found = {"config": name, "overrides": overrides} | measure(what, config, mesh)
         print(told(found), flush=True)
@@ -134,6 +141,14 @@ def abstract_devices(topology: str) -> list:
             ) from error
         raise UserError(f"--topology={topology}: there is none such ({error})") from error
     return list(found.devices)
+
+
+def mesh_of(config: ConfigDict, devices: list) -> Mesh:
+    """The mesh of the config; on v4, whose cores show apart here, in the devices' order."""
+    if TOPOLOGY.value.startswith("v4"):
+        sizes = mesh_sizes(config.mesh.data, config.mesh.fsdp, len(devices))
+        return Mesh(np.reshape(devices, sizes), AXES)
+    return make_mesh(config.mesh.data, config.mesh.fsdp, devices)
 
 
 # Programs: what is compiled, on shapes.
@@ -346,20 +361,30 @@ def collectives(text: str, wanted: set[tuple[int, ...]]) -> list[dict[str, Any]]
     """The collectives of a program, added up by kind and by whether they are FSDP's."""
     bodies = computations(text)
     turns = times_run(bodies)
-    found: dict[tuple[str, bool], list[int]] = {}
+    found: dict[tuple[str, bool], list] = {}
+    chains: set[str] = set()
     for name, lines in bodies.items():
         for line in lines:
             match = OPERATION.search(line)
-            if match and turns[name]:
+            chain = re.search(r'chain_id="\d+"', line)  # one collective, in pieces between others
+            if match and turns[name] and not (chain and chain[0] in chains):
+                chains |= {chain[0]} if chain else set()
                 for dims, size in arrays(match, line):
                     key = match[2], dims != () and squeezed(dims) in wanted
-                    row = found.setdefault(key, [0, 0, 0])
+                    row = found.setdefault(key, [0, 0, 0, ()])
                     row[0] += turns[name]
                     row[1] += turns[name] * size
-                    row[2] = max(row[2], size)
+                    row[2:] = max((row[2], row[3]), (size, dims))
     return [
-        {"kind": kind, "fsdp": ours, "count": count, "bytes": total, "largest": largest}
-        for (kind, ours), (count, total, largest) in sorted(found.items())
+        {
+            "kind": kind,
+            "fsdp": ours,
+            "count": count,
+            "bytes": total,
+            "largest": most,
+            "shape": shape,
+        }
+        for (kind, ours), (count, total, most, shape) in sorted(found.items())
     ]
 
 
@@ -445,9 +470,10 @@ def told(found: dict[str, Any]) -> str:
     )
     for row in found["collectives"]:
         whose = "FSDP's" if row["fsdp"] else "others"
+        largest = "x".join(map(str, row["shape"])) or "a scalar"
         lines.append(
             f"  {row['kind']}, {whose}: {row['count']} arrays, {row['bytes'] / 2**20:.2f} MiB, "
-            f"the largest {row['largest'] / 2**20:.3f}"
+            f"the largest {row['largest'] / 2**20:.3f}, {largest}"
         )
     return "\n".join(lines if found["collectives"] else [*lines, "  no collectives"])
 

@@ -14,6 +14,7 @@ from flows.path import interpolate, like, velocity
 from models.dit import DiT
 from models.mlp import MLP
 from tests import gaussian
+from utils.flops import count
 
 LAW = times.logit_normal(-0.4, 1.0)
 OPTIONS = {
@@ -143,6 +144,62 @@ def test_with_r_equal_t_and_p_zero_mean_flow_is_flow_matching():
     assert_trees_close(a, b, 1e-5)
     c = gradient(mean_flow, network, params, batch, **options(p=0.0))
     assert np.linalg.norm(jax.tree.leaves(c)[0] - jax.tree.leaves(b)[0]) > 1e-3
+
+
+APART_DIT = {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 2, "num_classes": 3}
+APART_MLP = {"depth": 1, "hidden_size": 16, "num_classes": 3}
+
+
+@pytest.mark.parametrize(
+    ("network", "share", "guidance"),
+    [
+        *[("mlp", share, (0.2, 0.7)) for share in (0.0, 0.25, 0.5, 1.0)],
+        ("mlp", 0.25, (1.0, 0.0)),
+        ("dit", 0.25, (0.2, 0.7)),
+    ],
+    ids=str,
+)
+def test_du_dt_apart_gives_the_same_loss_metrics_and_gradient(network, share, guidance):
+    """With dropout of units and of labels: a sample apart drops what it drops in the batch."""
+    modules = {"dit": DiT(**APART_DIT, dropout=0.3), "mlp": MLP(**APART_MLP, dropout=0.3)}
+    shape = (4, 4, 1) if network == "dit" else (4,)
+    network, params, batch = with_all_weights_drawn(modules[network], shape)
+    guidance = dict(zip(("omega", "kappa"), guidance, strict=True))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def step(params, apart):
+        bound = options(interval_share=share, class_dropout_prob=0.4, p=0.5, **guidance)
+        function = functools.partial(mean_flow, apart=apart, **bound)
+        loss = jax.value_and_grad(lambda p: function(network, p, batch, KEY), has_aux=True)
+        return loss(params)
+
+    quick = {"xla_backend_optimization_level": "0"}  # half the time to compile
+    (plain, plain_metrics), plain_gradient = step.lower(params, False).compile(quick)(params)
+    (apart, apart_metrics), apart_gradient = step.lower(params, True).compile(quick)(params)
+    assert apart == pytest.approx(float(plain), rel=1e-6)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6), apart_metrics, plain_metrics
+    )
+    assert_trees_close(apart_gradient, plain_gradient, 1e-6)
+
+
+def test_du_dt_apart_works_on_its_share_of_the_samples():
+    """Forward passes of samples, in products: 1 and a tangent for each with r ≠ t, above one."""
+    network, params, batch = dit()
+    wide = {k: jnp.tile(v, (4, *[1] * (v.ndim - 1))) for k, v in batch.items()}
+
+    def cost(**bound):
+        return count(lambda p: mean_flow(network, p, wide, KEY, **options(**bound)), params)
+
+    once = cost(interval_share=0.0, apart=True)
+    for share in (0.25, 0.5, 1.0):
+        assert cost(interval_share=share, apart=True) == pytest.approx(once * (1 + 2 * share), 0.1)
+
+
+def test_du_dt_apart_needs_whole_periods():
+    network, params, batch = mlp()
+    with pytest.raises(ValueError, match="8 samples hold no whole number of periods of 10"):
+        mean_flow(network, params, batch, KEY, **options(interval_share=0.3, apart=True))
 
 
 @pytest.mark.parametrize("scale", [-0.1, 0.0, 0.1])

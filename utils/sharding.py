@@ -32,15 +32,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mes
         the number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp]
-    if sizes.count(-1) == 1:
-        rest = sizes[1 - sizes.index(-1)]
-        sizes[sizes.index(-1)] = len(devices) // rest if rest > 0 else 0
-    if min(sizes) < 1 or sizes[0] * sizes[1] != len(devices):
-        raise UserError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} does not make {len(devices)} devices: "
-            "choose sizes whose product is that, or -1 for one of them"
-        )
+    sizes = mesh_sizes(data, fsdp, len(devices))
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if slices == 1:
         return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 2, devices=devices)
@@ -52,6 +44,24 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mes
     within = (sizes[0] // slices, sizes[1])
     grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1), devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh_sizes(data: int, fsdp: int, devices: int) -> tuple[int, int]:
+    """The sizes of the mesh's axes, −1 filled in.
+
+    Raises:
+      UserError: they do not multiply to the number of devices.
+    """
+    sizes = [data, fsdp]
+    if sizes.count(-1) == 1:
+        rest = sizes[1 - sizes.index(-1)]
+        sizes[sizes.index(-1)] = devices // rest if rest > 0 else 0
+    if min(sizes) < 1 or sizes[0] * sizes[1] != devices:
+        raise UserError(
+            f"mesh.data={data} x mesh.fsdp={fsdp} does not make {devices} devices: "
+            "choose sizes whose product is that, or -1 for one of them"
+        )
+    return sizes[0], sizes[1]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
