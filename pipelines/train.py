@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -33,24 +34,29 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
 
     Args:
       workdir: the run's folder; empty: runs/DATASET/OBJECTIVE.
-      make_objective: (config, num_classes) → objective, bound to its options.
+      make_objective: (config, num_classes, local) → objective, bound to its options; local is the
+        number of samples that a device has in a microbatch.
     Raises:
       UserError: bad options, missing data, or a workdir that holds another run.
     """
     build.check_ranges(config)
+    if config.deterministic:
+        be_deterministic()
     dataset = data.load(config)
-    objective = make_objective(config, dataset.num_classes)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    check_batch(config, mesh)
+    local = config.batch_size // mesh.size // config.accumulation
+    objective = make_objective(config, dataset.num_classes, local=local)
     if config.objective not in ("", objective.func.__name__):
         raise UserError(f"objective={config.objective!r} is set by the script: leave it out")
     config.objective = objective.func.__name__
+    check_best(config)
     for key in ("data_dir", "autoencoder"):  # who reads the run may stand in another folder
         config[key] = absolute(config[key])
     path = pathlib.Path(workdir or f"runs/{config.dataset_name}/{config.objective}")
     codec = build.autoencoder(config, dataset.shape, dataset.autoencoder)
     shape = build.latent_shape(codec, dataset.shape)
     network = build.network(config, shape, dataset.num_classes)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    check_batch(config, mesh)
     batches = feed(
         dataset.train,
         mesh,
@@ -128,6 +134,27 @@ class Evaluate:
             return self.pipeline.network.apply(params, z, r, t, held["label"], None)
 
         return jnp.mean(self_consistency(velocity, z, r, s, t))
+
+
+def check_best(config: ConfigDict) -> None:
+    """Raises UserError where no evaluation of this run can give `best_metric`."""
+    given = ["self_consistency"] if config.objective == "mean_flow" else []
+    quick = f"_quick_{config.fid.num}/"
+    if config.fid.num:
+        given += [f"fid{quick}1_step and the like"]
+    name = config.best_metric
+    if name and name not in given and not (config.fid.num and quick in name):
+        offers = " or ".join(given) or "none; --fid.num=2000 makes it give fid_quick_2000/1_step"
+        raise UserError(f"best_metric={name!r}: an evaluation of this run gives {offers}")
+
+
+def be_deterministic() -> None:
+    """Keeps GPUs from adding in any order, and from choosing kernels by their speed of the day.
+
+    To be called before a device is touched; CPUs and TPUs are deterministic as they are.
+    """
+    flags = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 
 def make_card(

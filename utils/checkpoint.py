@@ -5,6 +5,7 @@ the averaged parameters and leaves the optimizer's state. Its metadata records t
 a checksum of every array, so that what is damaged on disk is never taken for what was saved.
 """
 
+import contextlib
 import gc
 import json
 import logging
@@ -162,7 +163,8 @@ class Checkpoints:
             return ""
         reason = reason or "on another host"
         self._report(f"checkpoint {step} could not be saved ({reason})")
-        self._orbax.close()
+        with contextlib.suppress(Exception):  # the same once more
+            self._orbax.close()
         self._orbax = self._open()  # removes what is half written
         if time.monotonic() - self._succeeded > self._patience:
             last = f"the last is of step {self.latest}" if self.steps else "there is none yet"
@@ -217,11 +219,8 @@ class Checkpoints:
                     self._report(f"going on from checkpoint {step}")
                 return loaded or {}
             damaged[step] = failure or UserError(f"checkpoint {step} cannot be read elsewhere")
-        if len(damaged) == 1:
-            raise next(iter(damaged.values()))
-        raise UserError(
-            f"none of {len(damaged)} checkpoints can be read; {damaged[self.steps[-1]]}"
-        )
+        _, told = max(damaged.items())
+        raise UserError(f"none of {len(damaged)} checkpoints can be read: {told}")
 
     def _set_unlisted_aside(self) -> bool:
         """Moves those away that keep all from being listed; says whether there were any."""

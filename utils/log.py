@@ -3,12 +3,13 @@
 JSON lines (`metrics.jsonl`) and PNG (`samples/`) always; wandb and TensorBoard when asked.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ class Logger:
           UserError: wandb or tensorboardX was asked for and is not installed, or has no key.
         """
         self.workdir, self.writes = pathlib.Path(workdir), jax.process_index() == 0
+        self._failed = False
         self.wandb = self.tensorboard = None
         if not self.writes:
             return
@@ -54,8 +56,12 @@ class Logger:
         if not self.writes:
             return
         finite = {k: float(v) if np.isfinite(v) else None for k, v in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        with self._lost_if_full():
+            # After a line that was cut, when a disk was full, a new one.
+            start = "\n" if self._failed else ""
+            with self.path.open("a") as file:
+                file.write(start + json.dumps({"step": step, **finite}) + "\n")
+            self._failed = False
         if self.wandb:
             self.wandb.log(finite, step=step)
         if self.tensorboard:
@@ -67,13 +73,24 @@ class Logger:
         if not self.writes:
             return
         path = self.workdir / "samples" / f"{name}_{step:07d}.png"
-        save_png(path, image)
-        if self.wandb:
+        with self._lost_if_full():
+            save_png(path, image)
+        if self.wandb and path.exists():
             import wandb
 
             self.wandb.log({name: wandb.Image(str(path))}, step=step)
         if self.tensorboard:
             self.tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    @contextlib.contextmanager
+    def _lost_if_full(self) -> Iterator[None]:
+        """Training goes on where a log cannot be written; a warning says so once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                print(f"warning: logs are being lost: {error}", file=sys.stderr)
+            self._failed = True
 
 
 def progress(start: int, total: int, unit: str, name: str) -> tqdm:
@@ -115,13 +132,20 @@ def log_table(
 
 
 def _truncate(path: pathlib.Path, last_step: int) -> None:
-    """Drops the lines after `last_step`, and one cut in its middle."""
+    """Drops the lines after `last_step`, and those cut in their middle."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        whole = (line for line in lines if line.endswith("}\n"))
         part = path.with_name(path.name + ".part")
-        part.write_text("".join(line for line in whole if json.loads(line)["step"] <= last_step))
+        part.write_text("".join(line for line in lines if _step_of(line) <= last_step))
         part.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """The step that a line is of; of one that was cut, infinity."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _open_wandb(workdir: pathlib.Path, config: ConfigDict):
