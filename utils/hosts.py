@@ -268,7 +268,7 @@ def _explained(options: Hosts, status: int, said: bytes) -> int:
         print(f"error: this process was ended by {name}{why}", file=sys.stderr)
         return 128 - status
     if _JOINED in said:
-        print(_LOST, file=sys.stderr)
+        print(f"\n{_LOST}", file=sys.stderr)  # a bar of progress may stand in this line
         return LOST
     if _JOINING in said:
         print(f"error: {_unreachable(options)}", file=sys.stderr)
@@ -304,7 +304,7 @@ def fail(error: BaseException) -> None:
         return
     status = cli.report(error)
     if status is None and _by_another(error):
-        print(_LOST, file=sys.stderr)
+        print(f"\n{_LOST}", file=sys.stderr)
         status = LOST
     if status is None:
         traceback.print_exception(error)
