@@ -1,61 +1,87 @@
-"""An evaluation on two real processes that make one program, against one process."""
+"""Several real processes that make one program: evaluation, training torn apart, signals."""
 
 import csv
+import json
 import os
 import pathlib
-import socket
+import signal
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
+import psutil
+import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+from pipelines.flow import NO_EMA, FlowPipeline
+from tests.programs import LOST_AFTER, ROOT, Program, free_port, own_lines
+from tests.small import write_pictures
+from utils import hosts
+from utils.cli import UserError
+
 # What eval_fid.py does, in a program of several processes, with a classifier of a few steps.
 DRIVER = """
-import sys
-import jax
-out, port, count, index = sys.argv[1], *map(int, sys.argv[2:])
-if count > 1:
-    jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
-from pipelines import classifier, groups, report, sweep
-from pipelines.plan import Plan, checked
-train = classifier.extractor
-groups.classifier.extractor = lambda *given: train(*given, classifier.Recipe(steps=20))
-plan = checked(Plan(
-    workdir=["pretrained/digits_mean_flow"], features=("classifier",), steps=(1, 2),
-    metrics=("fid", "kid", "pr", "nearest"), num_samples=50, batch_size=20, bootstrap=3,
-    out=out, cache_dir=out + "/cache", save_samples="npz",
-))
-sections = sweep.run(plan)
-assert bool(sections) == (index == 0)
-if sections:
-    report.write(sections, plan)
-print("devices", jax.device_count())
+from utils import cli, hosts
+cli.define_flags(hosts.Hosts)
+OUT = cli.flags.DEFINE_string("out", "", "folder")
+def main(_):
+    hosts.join(cli.read_flags(hosts.Hosts))
+    evaluate(OUT.value)
+def evaluate(out):
+    import jax
+    from pipelines import classifier, groups, report, sweep
+    from pipelines.plan import Plan, checked
+    train = classifier.extractor
+    groups.classifier.extractor = lambda *given: train(*given, classifier.Recipe(steps=20))
+    plan = checked(Plan(
+        workdir=["pretrained/digits_mean_flow"], features=("classifier",), steps=(1, 2),
+        metrics=("fid", "kid", "pr", "nearest"), num_samples=50, batch_size=20, bootstrap=3,
+        out=out, cache_dir=out + "/cache", save_samples="npz",
+    ))
+    sections = sweep.run(plan)
+    assert bool(sections) == hosts.first()
+    if sections:
+        report.write(sections, plan)
+    print("devices", jax.device_count())
+cli.run(main)
 """
-
-
-def start(out: pathlib.Path, port: int, count: int, index: int) -> subprocess.Popen:
-    devices = f"--xla_force_host_platform_device_count={4 // count}"
-    environment = {**os.environ, "XLA_FLAGS": devices, "PJRT_NPROC": "32"}
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, *map(str, (out, port, count, index))],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finished(processes: list[subprocess.Popen]) -> None:
+# A program whose processes add something up again and again; one may do something else first.
+SUMS = """
+import contextlib, sys, time
+from utils import cli, hosts
+cli.define_flags(hosts.Hosts)
+DO = cli.flags.DEFINE_string("do", "", "what process `who` does")
+WHO = cli.flags.DEFINE_integer("who", 0, "process")
+@contextlib.contextmanager
+def waits():  # as saving does, for all hosts
     try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
+        yield
     finally:
-        for process in processes:  # one that failed leaves the other waiting
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
-        assert "devices 4" in output
+        time.sleep(600)
+def main(_):
+    hosts.join(cli.read_flags(hosts.Hosts))
+    import jax
+    from utils.sharding import agreed
+    agreed(1)
+    print("runs", flush=True)
+    with waits(), hosts.Preemption():
+        if DO.value == "mistake" and jax.process_index() == WHO.value:
+            raise cli.UserError("the disk of this host is full")
+        if DO.value == "bug" and jax.process_index() == WHO.value:
+            raise ZeroDivisionError("a bug")
+        while True:
+            agreed(1)
+            time.sleep(0.05)
+cli.run(main)
+"""
+TRAIN = (
+    *("train_meanflow.py", "--mean_flow.omega", "2", "--mesh.fsdp", "2", "--batch_size", "16"),
+    *("--model.depth", "2", "--model.hidden_size", "96", "--model.num_heads", "2"),
+    *("--max_steps", "40", "--save_interval", "5", "--keep_checkpoints", "100"),
+    *("--log_interval", "1", "--optimizer.warmup_steps", "5"),
+    *("--sample.num", "8", "--sample.steps", "(1,)"),
+)
 
 
 def rows_of(out: pathlib.Path) -> list[dict]:
@@ -64,11 +90,13 @@ def rows_of(out: pathlib.Path) -> list[dict]:
 
 
 def test_two_processes_give_the_rows_and_pictures_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    finished([start(tmp_path / "one", port, 1, 0)])
-    finished([start(tmp_path / "two", port, 2, index) for index in range(2)])
+    command = ["-c", DRIVER, f"--out={tmp_path}/{{}}"]
+    for name, count in (("one", 1), ("two", 2)):
+        words = [word.format(name) for word in command[2:]]
+        with Program([*command[:2], *words], tmp_path / f"{name}_log", count, devices=4) as program:
+            assert [program.ends(i, 200) for i in range(count)] == [0] * count, program.told()
+            logs = tmp_path / f"{name}_log"
+            assert all("devices 4" in (logs / f"stdout_{i}").read_text() for i in range(count))
     one, two = (rows_of(tmp_path / name) for name in ("one", "two"))
     assert len(one) > 10
     for a, b in zip(one, two, strict=True):
@@ -82,3 +110,265 @@ def test_two_processes_give_the_rows_and_pictures_of_one(tmp_path):
         pictures = [np.load(path)["arr_0"].astype(int) for path in (a, b)]
         assert pictures[0].shape == (50, 8, 8, 3)
         assert np.abs(pictures[0] - pictures[1]).max() <= 1  # rounding of the last bit at most
+
+
+# Training on two processes, torn apart.
+
+
+def train(run: pathlib.Path, log: str, count: int) -> Program:
+    return Program([*TRAIN, f"--workdir={run}"], run.parent / f"{run.name}_{log}", count)
+
+
+def saved(run: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints that are whole, in order."""
+    return sorted(int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit())
+
+
+def logged(run: pathlib.Path) -> dict[int, float]:
+    """The error of each step whose line is whole."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return {row["step"]: row["error"] for row in rows if "error" in row}
+
+
+def checksums(run: pathlib.Path, step: int) -> dict:
+    """Of every array of a checkpoint, the optimizer's too."""
+    path = run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+    return json.loads(path.read_text())["custom_metadata"]["checksums"]
+
+
+def kill(program: Program, index: int) -> None:
+    os.killpg(program.processes[index].pid, signal.SIGKILL)
+
+
+def new_save(run: pathlib.Path, program: Program) -> None:
+    """Waits for a checkpoint that was not there."""
+    before = saved(run)[-1:]
+    program.until(lambda: saved(run)[-1:] > before)
+
+
+def new_line(run: pathlib.Path, program: Program) -> None:
+    """Waits for a step beyond the last checkpoint, so that the loop runs."""
+    steps = set(logged(run)) | {saved(run)[-1]}
+    program.until(lambda: max(logged(run)) > max(steps))
+
+
+def distance(run: pathlib.Path, other: pathlib.Path, ema: str) -> float:
+    """Of the final parameters, in relative norm."""
+    a, b = (FlowPipeline.from_pretrained(path, ema=ema).params for path in (run, other))
+    flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (a, b)]
+    return float(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[0]))
+
+
+@pytest.mark.timeout(900)  # some 80 s on two idle cores
+def test_two_processes_are_killed_and_go_on_as_one_and_as_two(tmp_path):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    with train(whole, "log", 2) as program:
+        assert [program.ends(i) for i in range(2)] == [0, 0], program.told()
+        assert own_lines(program.stderr(1)) == []  # one process speaks
+
+    with train(torn, "one_killed", 2) as program:
+        new_save(torn, program)
+        kill(program, 1)
+        start = time.monotonic()
+        assert program.ends(0, LOST_AFTER + 20) == hosts.LOST, program.told()
+        print(f"the other ended {time.monotonic() - start:.1f} s after the SIGKILL")
+        assert "another host stopped or was lost" in program.stderr(0).splitlines()[-1]
+    with train(torn, "both_killed", 2) as program:
+        new_save(torn, program)
+        kill(program, 0)
+        kill(program, 1)
+    steps = saved(torn)
+    assert len(steps) >= 2
+    for step in steps:  # bit for bit, as the number of processes was the same all along
+        assert checksums(torn, step) == checksums(whole, step)
+
+    with train(torn, "alone", 1) as program:
+        new_line(torn, program)
+        program.processes[0].send_signal(signal.SIGTERM)
+        assert program.ends(0) == hosts.PREEMPTED, program.told()
+        assert f"saved at step {saved(torn)[-1]} after SIGTERM" in program.stderr(0)
+    with train(torn, "told", 2) as program:
+        new_line(torn, program)
+        program.processes[1].send_signal(signal.SIGTERM)
+        assert [program.ends(i) for i in range(2)] == [hosts.PREEMPTED] * 2, program.told()
+        assert f"saved at step {saved(torn)[-1]} after SIGTERM" in program.stderr(0)
+        assert own_lines(program.stderr(1)) == []
+    assert saved(torn)[-1] < 40
+    with train(torn, "rest", 2) as program:
+        assert [program.ends(i) for i in range(2)] == [0, 0], program.told()
+
+    assert saved(torn)[-1] == saved(whole)[-1] == 40
+    errors, others = logged(whole), logged(torn)
+    assert list(errors) == list(others) == list(range(1, 41))  # nothing twice, nothing left out
+    np.testing.assert_allclose(list(errors.values()), list(others.values()), rtol=1e-3)
+    for ema in ("", NO_EMA):
+        assert distance(whole, torn, ema) < 1e-4
+
+
+# Errors and signals of one process.
+
+
+def sums(folder: pathlib.Path, *words: str) -> Program:
+    return Program(["-c", SUMS, *words], folder, 2)
+
+
+def running(program: Program) -> None:
+    paths = [path.with_name(path.name.replace("err", "out")) for path in program.errors]
+    program.until(lambda: all("runs" in path.read_text() for path in paths))
+
+
+@pytest.mark.parametrize(
+    ("what", "who", "status", "line"),
+    [
+        ("mistake", 0, 2, "error: the disk of this host is full"),
+        ("mistake", 1, 2, "error: the disk of this host is full"),
+        ("bug", 1, 1, "ZeroDivisionError: a bug"),
+    ],
+)
+def test_an_error_on_one_host_ends_all(tmp_path, what, who, status, line):
+    with sums(tmp_path, f"--do={what}", f"--who={who}") as program:
+        assert program.ends(who) == status, program.told()
+        start = time.monotonic()
+        assert program.ends(1 - who) == hosts.LOST, program.told()
+        assert time.monotonic() - start < LOST_AFTER + 20
+    assert own_lines(program.stderr(who))[-1] == line
+    if what == "mistake":
+        assert own_lines(program.stderr(who)) == [line]
+    assert "another host stopped or was lost" in program.stderr(1 - who).splitlines()[-1]
+
+
+def test_sigterm_ends_a_program_that_saves_nothing(tmp_path):
+    with sums(tmp_path) as program:
+        running(program)
+        program.processes[1].send_signal(signal.SIGTERM)
+        assert program.ends(1) == 128 + signal.SIGTERM, program.told()
+        assert program.ends(0) == hosts.LOST, program.told()
+
+
+def test_a_worker_ends_with_its_parent(tmp_path):
+    with sums(tmp_path) as program:
+        running(program)
+        parent = psutil.Process(program.processes[1].pid)
+        (worker,) = parent.children()
+        parent.kill()  # it alone
+        worker.wait(10)
+        assert program.ends(0) == hosts.LOST, program.told()
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path):
+    with sums(tmp_path) as program:
+        running(program)
+        (worker,) = psutil.Process(program.processes[0].pid).children()
+        worker.kill()  # as for lack of memory
+        assert program.ends(0) == 128 + signal.SIGKILL
+        assert "ended by SIGKILL" in program.stderr(0)
+        assert program.ends(1) == hosts.LOST, program.told()
+
+
+def test_a_coordinator_that_cannot_be_reached_is_told(tmp_path):
+    flags = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_id=1"]
+    done = subprocess.run(
+        [sys.executable, "train_flow.py", *flags, "--join_timeout=2", f"--workdir={tmp_path}/run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: not all of the 2 processes met at the coordinator")
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_prepare_what_one_does(tmp_path):
+    source = write_pictures(tmp_path / "pictures", 20)
+    words = ["--autoencoder=none", "--image_size=16", "--shard_size=3", "--batch_size=4"]
+    told = {}
+    for name, count in (("one", 1), ("two", 2)):
+        command = ["prepare_data.py", f"--source={source}", f"--out={tmp_path / name}", *words]
+        with Program(command, tmp_path / f"log_{name}", count) as program:
+            assert [program.ends(i) for i in range(count)] == [0] * count, program.told()
+        told[name] = [(tmp_path / f"log_{name}" / f"stdout_{i}").read_text() for i in range(count)]
+    assert "is complete: 20 pictures" in told["two"][0]
+    assert "complete" not in told["two"][1]
+    cards = [json.loads((tmp_path / name / "card.json").read_text()) for name in ("one", "two")]
+    assert cards[0] == cards[1]
+    assert cards[0]["complete"]
+
+
+# Which process this is, by flags and by surroundings.
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "n[1-4]",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "4",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "expected"),
+    [
+        ({}, {}, None),
+        ({}, {"distributed": "on"}, {}),
+        (SLURM, {}, {"local_device_ids": []}),  # one task on each node: all of its devices
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, {}, {}),  # JAX's rule: one device for each
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, {}, None),
+        (SLURM, {"distributed": "off"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, {}, None),  # a shell of salloc, no step
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}, {}),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, {}, None),
+    ],
+)
+def test_processes_are_found_by_their_surroundings(monkeypatch, environment, options, expected):
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "OMPI", "TPU")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert hosts.arguments(hosts.Hosts(**options)) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("h:1", 0, -1), "go together"),
+        (("h:1", 2, -1), "go together"),
+        (("", 2, 0), "go together"),
+        (("h", 2, 0), "give HOST:PORT"),
+        (("h:x", 2, 0), "give HOST:PORT"),
+        (("h:99999", 2, 0), "give HOST:PORT"),
+        (("h:1", 2, 2), "the 2 processes are 0 to 1"),
+    ],
+)
+def test_half_a_set_of_flags_is_told(options, line):
+    with pytest.raises(UserError, match=line):
+        hosts.arguments(hosts.Hosts(*options))
+
+
+def test_given_flags_win_over_the_surroundings(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    found = hosts.arguments(hosts.Hosts("10.0.0.1:8476", 2, 1)) or {}
+    assert found["coordinator_address"] == "10.0.0.1:8476"
+    assert (found["num_processes"], found["process_id"]) == (2, 1)
+
+
+def test_sigterm_is_noticed_and_the_old_handler_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with hosts.Preemption() as preemption:
+        assert not preemption.reached(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.reached(2)
+        assert preemption.reached(3)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_stays_light_does():
+    program = "import sys; from utils import cli, hosts; print([m for m in sys.modules if m in"
+    program += " ('jax', 'numpy', 'orbax')])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
