@@ -31,6 +31,7 @@ from models import dinov2, inception, mobilenet
 from pipelines.pretrained import DAMAGE, FLOATS, PICKLES
 from utils.cli import UserError
 from utils.log import progress
+from utils.sources import check_packed
 
 # Of each extractor its protocols, the first by default.
 PROTOCOLS: dict[str, tuple[str, ...]] = {
@@ -214,6 +215,7 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
         if path.suffix == ".safetensors":
             tensors = safetensors.numpy.load_file(path)
         else:
+            check_packed(path)
             with np.load(path, allow_pickle=False) as file:
                 tensors = {name: file[name] for name in file.files}
     except DAMAGE as error:

@@ -36,6 +36,7 @@ from models.autoencoder import Autoencoder, Scale
 from models.autoencoder_kl import AutoencoderKL
 from models.autoencoder_tiny import AutoencoderTiny
 from utils.cli import UserError
+from utils.sources import check_packed
 
 CONFIG = "config.json"
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
@@ -52,6 +53,8 @@ DAMAGE = (
     KeyError,
     EOFError,
     OSError,
+    MemoryError,  # of a header that claims more than there is
+    NotImplementedError,
 )
 
 
@@ -245,7 +248,7 @@ def _download(name: str) -> pathlib.Path:
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:  # not JSON, or not text
+    except (ValueError, RecursionError) as error:  # not JSON, or not text
         raise UserError(f"{path} is not JSON ({error}): fetch it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object: fetch it again")
@@ -345,6 +348,7 @@ def _open_safetensors(path: pathlib.Path) -> _Tensors:
 
 def _open_npz(path: pathlib.Path) -> _Tensors:
     try:
+        check_packed(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except DAMAGE as error:

@@ -50,7 +50,10 @@ def convert(folder: pathlib.Path) -> None:
         for index, count in enumerate(split.shard_lengths):
             place = {"shard_index": index, "num_shards": len(split.shard_lengths)}
             paths = (template.sharded_filepath(**place) for template in (old, new))
-            todo.append((*map(pathlib.Path, paths), count))
+            source, target = map(pathlib.Path, paths)
+            if target.resolve().parent != folder.resolve():
+                raise cli.UserError(f"{folder} names files outside of it: prepare it anew")
+            todo.append((source, target, count))
     for source, target, count in tqdm(todo, unit="shard", disable=None):
         if not target.exists():
             _convert_shard(source, target, count)

@@ -141,17 +141,6 @@ def test_packed_and_empty_features(tmp_path):
 # What is no file of statistics.
 
 
-def test_which_npz_holds_statistics(tmp_path):
-    mean, cov = moments()
-    for names in statistics.NAMES:
-        path = saved(tmp_path / "s.npz", **dict(zip(names, (mean, cov), strict=True)))
-        assert statistics.holds_statistics(path)
-    (tmp_path / "text.npz").write_text("no zip")
-    others = [saved(tmp_path / "p.npz", arr_0=np.zeros((1, 2, 2, 3), np.uint8))]
-    others += [tmp_path / "text.npz", tmp_path / "none.npz", tmp_path]
-    assert not any(statistics.holds_statistics(path) for path in others)
-
-
 def test_no_npz(tmp_path):
     with pytest.raises(UserError, match="is no file"):
         statistics.read(tmp_path / "none.npz")
@@ -230,13 +219,3 @@ def test_rounding_of_float32_is_no_lopsidedness(tmp_path):
     noisy = cov.astype(np.float32) * (1 + 1e-6 * np.random.default_rng(0).normal(size=cov.shape))
     found = statistics.read(saved(tmp_path / "s.npz", mu=mean, sigma=noisy))
     np.testing.assert_array_equal(found.pool.cov, found.pool.cov.T)
-
-
-def test_another_extractors_dimension(tmp_path):
-    found = statistics.read(saved(tmp_path / "s.npz", **GOOD))
-    statistics.check_dimension(found, "s.npz", D, "inception")
-    with pytest.raises(UserError, match=r"s\.npz holds statistics of 6 features, mobilenet has 7"):
-        statistics.check_dimension(found, "s.npz", 7, "mobilenet")
-    wide = found._replace(pool=Gaussian(np.zeros(2048), np.eye(2048)))
-    with pytest.raises(UserError, match="2048 are those of inception"):
-        statistics.check_dimension(wide, "s.npz", 768, "mobilenet")

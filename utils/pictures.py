@@ -7,6 +7,7 @@ name of the data set decides.
 import os
 import pathlib
 import posixpath
+import stat
 import threading
 import zipfile
 import zlib
@@ -20,6 +21,7 @@ from utils.cli import UserError
 from utils.sources import CorruptPicture, Pictures, fingerprint, key
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+LARGEST_FILE = 2**28  # bytes of an encoded picture in a .zip
 # What TFDS calls a data set of ours; the first that is there is taken.
 TFDS_NAMES = {"imagenet256": ("imagenet2012",), "celebahq256": ("celebahq256", "celeb_a_hq/256")}
 
@@ -106,25 +108,46 @@ def _open_files(path: pathlib.Path) -> Files:
 
 def _open_folder(root: pathlib.Path) -> Files:
     sizes = {}
+    above: dict[str, frozenset[str]] = {}  # folder → where it and those around it really lie
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not _hidden(name)]
+        real, around = os.path.realpath(folder), above.get(os.path.dirname(folder), frozenset())
+        if real in around:
+            raise UserError(f"{folder} is a link to a folder around it: remove that link")
+        above[folder] = around | {real}
         prefix = pathlib.Path(folder).relative_to(root).as_posix()
         for file in filter(_is_picture, files):
             name = posixpath.normpath(f"{prefix}/{file}")
-            sizes[name] = os.path.getsize(os.path.join(folder, file))
+            sizes[name] = _size_of(os.path.join(folder, file))
     return Files(str(root), sizes, lambda name: (root / name).read_bytes())
+
+
+def _size_of(path: str) -> int:
+    """Bytes of a regular file; others, as a pipe or /dev/zero, may never end."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path} is a link to nothing ({error.strerror}): remove it") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is no regular file: remove it")
+    return status.st_size
 
 
 def _open_zip(path: pathlib.Path) -> Files:
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:  # of names, of numbers
         raise UserError(
             f"{path} is no whole .zip ({error}): give a folder or a .zip, or fetch it again"
         ) from error
     lock = threading.Lock()  # ZipFile counts its open members without one
 
     def read(name: str) -> bytes:
+        if sizes[name] > LARGEST_FILE:
+            size = f"{sizes[name] / 1e9:.1f} GB"
+            raise CorruptPicture(f"{path}/{name} is no readable picture: it would unpack to {size}")
+        if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(f"{path}/{name} is packed in a rare way: unpack the .zip")
         try:
             with lock:
                 return archive.read(name)
@@ -176,6 +199,7 @@ def _with_labels(files: Files, law: Callable[[Sequence[str]], Labels]) -> Pictur
 
 def _below_common_folder(paths: Sequence[str]) -> list[str]:
     """Cuts the folders off that all files share, as around a folder put into a .zip."""
+    paths = [path.lstrip("/") for path in paths]  # any name can stand in a .zip
     common = posixpath.commonpath({posixpath.dirname(path) for path in paths})
     return [path[len(common) :].lstrip("/") for path in paths]
 

@@ -35,6 +35,7 @@ from utils.sources import (
     Pictures,
     PictureSource,
     Source,
+    check_packed,
     fingerprint,
 )
 
@@ -262,6 +263,7 @@ def _read_array(place: pathlib.Path) -> tuple[np.ndarray | _Stored, str]:
         if stored:
             array: np.ndarray | _Stored = stored
         else:
+            check_packed(place)
             with np.load(place, allow_pickle=False) as arrays:
                 array = arrays["arr_0"]
     except (

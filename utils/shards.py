@@ -42,6 +42,8 @@ AGAIN = "run the same prepare_data.py command again"
 
 _PICTURE = struct.Struct("<Qi")  # key and label, before an encoded picture
 _MOST_SHARDS, _SMALLEST_SHARD = 512, 64
+_MANY_SHARDS = 10_000_000  # more than any folder holds
+_AUTOENCODER = {"name", "fingerprint", "compute_dtype"}  # what a card says of it
 _THREADS = 8
 _STALE = 3600  # seconds without a write after which a temporary file is nobody's
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
@@ -135,12 +137,13 @@ def read_card(folder: str | os.PathLike, complete: bool = True) -> Card:
             raise UserError(f"{path} is of another format: prepare the data anew into a new folder")
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         card = Card(**fields)
+        _check_card(card)
     except FileNotFoundError as error:
         lacks = f"has no {path.name}" if path.parent.is_dir() else "is not there"
         raise UserError(
             f"{folder} {lacks}: give a folder that prepare_data.py --out=FOLDER wrote"
         ) from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is no card of prepare_data.py ({error}): give a folder that it wrote"
         ) from error
@@ -153,11 +156,36 @@ def read_card(folder: str | os.PathLike, complete: bool = True) -> Card:
     return card
 
 
+def _check_card(card: Card) -> None:
+    """Raises ValueError where a card says what prepare_data.py would not: anybody can write one."""
+    words: tuple = (card.dataset_name, card.source_fingerprint, card.crop, card.content)
+    pairs = [card.source, card.versions, card.autoencoder or {}]
+    words += tuple(word for pair in pairs for item in pair.items() for word in item)
+    counts = (card.source_count, card.num_classes, card.count, *card.skipped_keys)
+    sizes = (card.image_size, card.shard_size, *card.shape)
+    right = {
+        "kind": card.kind in ("moments", "pictures"),
+        "dtype": card.dtype in (DTYPES if card.kind == "moments" else ("uint8",)),
+        "source": set(card.source) == {"source", "data_dir", "split"},
+        "autoencoder": set(card.autoencoder or _AUTOENCODER) >= _AUTOENCODER,
+        "shape": len(card.shape) == 3 and math.prod(card.shape) < 2**31,
+        "words": all(isinstance(word, str) for word in (*words, *card.skipped)),
+        "counts": all(type(n) is int and 0 <= n < 2**64 for n in counts),
+        "sizes": all(type(n) is int and 0 < n < 2**31 for n in sizes),
+        "shards": card.shards == -(-card.source_count // card.shard_size) < _MANY_SHARDS,
+        "flags": {type(card.flipped), type(card.complete)} == {bool},
+    }
+    for what, holds in right.items():
+        if not holds:
+            raise ValueError(f"its {what} cannot be")
+
+
 def write_card(folder: str | os.PathLike, card: Card) -> None:
     """Writes OUT/card.json; an older one is replaced at once."""
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(card)}, indent=2, ensure_ascii=False)
     with _beside(pathlib.Path(folder) / "card.json") as part:
-        part.write_text(text + "\n")
+        # Bytes in a name that are no text are escaped, as JSON reads them.
+        part.write_text(text + "\n", errors="backslashreplace")
 
 
 def write_index(folder: str | os.PathLike, index: np.ndarray) -> None:
@@ -169,10 +197,14 @@ def write_index(folder: str | os.PathLike, index: np.ndarray) -> None:
 def _read_index(folder: pathlib.Path, card: Card) -> np.ndarray:
     try:
         index = np.load(folder / "index.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:  # of a header that claims more
         raise UserError(f"{folder}/index.npy cannot be read ({error}): {AGAIN}") from error
-    if index.dtype != INDEX or index.shape != (card.count,):
+    array = isinstance(index, np.ndarray)  # and no archive of several
+    if not array or index.dtype != INDEX or index.shape != (card.count,):
         raise UserError(f"{folder}/index.npy is not the card's: {AGAIN}")
+    labels = index["label"]
+    if len(index) and not 0 <= labels.min() <= labels.max() < max(card.num_classes, 1):
+        raise UserError(f"{folder}/index.npy has labels that its card has not: {AGAIN}")
     return index
 
 
@@ -416,7 +448,10 @@ class MomentsSource:
             )
         rows = self._rows[np.asarray(indices, np.int64)]
         order = np.argsort(rows, kind="stable")
-        records = np.frombuffer(b"".join(self._records.read(rows[order])), self.card.record)
+        read = self._records.read(rows[order])
+        if any(len(record) != self.card.record.itemsize for record in read):
+            raise UserError(f"{self.folder} has records of another length than its card: {AGAIN}")
+        records = np.frombuffer(b"".join(read), self.card.record)
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         side = 0 if mirrored is None else np.asarray(mirrored).astype(np.int64)
@@ -455,6 +490,8 @@ def open_shards(folder: str | os.PathLike, dataset_name: str) -> Pictures:
 
     def read(item: int) -> tuple[bytes, int]:
         (record,) = records.read(np.array([item]))
+        if len(record) < _PICTURE.size:
+            raise UserError(f"{folder} has a record that is no picture, item {item}: {AGAIN}")
         return record[_PICTURE.size :], _PICTURE.unpack_from(record)[1]
 
     return Pictures(

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,6 +67,10 @@ def _mirror(x: np.ndarray, mirrored: np.ndarray | None) -> None:
 
 
 LARGEST = 8192  # pixels of a side that pictures are cropped to: 200 MB each
+# What is decoded, by its content. Pillow knows more kinds: of .eps it runs the program inside.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
+PACKED = 100  # times its size that an archive of arrays may unpack to; noise and pictures reach 5
+_ROOM = 2**26  # bytes that anything may unpack to
 
 
 class Pictures(NamedTuple):
@@ -117,7 +122,7 @@ def decode(encoded: bytes, name: str) -> Image.Image:
       CorruptPicture: the content is no whole picture; `name` is what the message calls it.
     """
     try:
-        return _rgb(Image.open(io.BytesIO(encoded)))
+        return _rgb(Image.open(io.BytesIO(encoded), formats=FORMATS))
     except Exception as error:  # Pillow's decoders and zlib raise errors of many kinds
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "its content is of no known kind" if unknown else error
@@ -149,8 +154,27 @@ def fingerprint(*content: str | np.ndarray) -> str:
     """Returns 12 hexadecimal digits that name the content."""
     digest = hashlib.blake2b(digest_size=6)
     for part in content:
-        digest.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part).data)
+        if isinstance(part, str):  # perhaps a file's name, in which any bytes can stand
+            digest.update(part.encode(errors="surrogateescape"))
+        else:
+            digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()
+
+
+def check_packed(path: str | os.PathLike) -> None:
+    """Looks at an .npz or .zip before it is unpacked.
+
+    Raises:
+      UserError: it is a zip bomb, of more than `PACKED` times its size.
+      zipfile.BadZipFile, ValueError: it is no whole archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        total = sum(info.file_size for info in archive.infolist())
+    if total > max(_ROOM, PACKED * os.path.getsize(path)):
+        raise UserError(
+            f"{path} would unpack to {total / 1e9:.1f} GB from {os.path.getsize(path) / 1e6:.1f} "
+            "MB, as no real data does: fetch it from somebody else"
+        )
 
 
 @dataclass(frozen=True, eq=False)

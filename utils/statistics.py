@@ -25,6 +25,7 @@ import numpy as np
 
 from utils.cli import UserError
 from utils.fid import FeatureStats, Gaussian, blocks
+from utils.sources import check_packed
 
 NAMES = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 SPATIAL = ("mu_s", "sigma_s")
@@ -47,15 +48,6 @@ class Statistics(NamedTuple):
     fingerprint: str  # 12 hex digits of the numbers, whatever the file is called
 
 
-def holds_statistics(path: str | os.PathLike) -> bool:
-    """Whether a file is an `.npz` with a mean of features, and not only one of pictures."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return bool({f"{mean}.npy" for mean, _ in NAMES} & set(archive.namelist()))
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
 def read(path: str | os.PathLike) -> Statistics:
     """Reads a file of statistics, ours or one of the formats above.
 
@@ -69,6 +61,7 @@ def read(path: str | os.PathLike) -> Statistics:
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is no .npz file of statistics, or was cut short; {_MAKE}")
     try:
+        check_packed(path)
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return _parsed(path, arrays)
     except (ValueError, TypeError, KeyError, EOFError, MemoryError, *_DAMAGED) as error:
@@ -109,27 +102,6 @@ def write(
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def check_dimension(
-    found: Statistics, path: str | os.PathLike, dimension: int, extractor: str
-) -> None:
-    """Checks that statistics are of as many features as an extractor gives.
-
-    Args:
-      dimension: of the extractor's pool features.
-      extractor: its name.
-
-    Raises:
-      UserError: they are not.
-    """
-    here = len(found.pool.mean)
-    if here != dimension:
-        known = {2048: "inception", 768: "mobilenet or dinov2 ViT-B", 1024: "dinov2 ViT-L"}
-        mend = f"see --features ({here} are those of {known[here]})" if here in known else _MAKE
-        raise UserError(
-            f"{path} holds statistics of {here} features, {extractor} has {dimension}: {mend}"
-        )
 
 
 def _append(path: Path, features: np.ndarray) -> None:

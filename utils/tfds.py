@@ -4,6 +4,7 @@ A data set lies in ROOT/NAME[/CONFIG]/VERSION with dataset_info.json beside its 
 https://www.tensorflow.org/datasets. TFDS itself is imported when data is opened: it takes a second.
 """
 
+import json
 import os
 import pathlib
 import re
@@ -17,6 +18,8 @@ from utils.sources import Pictures, fingerprint, key
 _INFO = "dataset_info.json"
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NAME = re.compile(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?")
+_OWN = r"tensorflow_datasets\.core\.features\."
+_CLASS_KEYS = ("type", "pythonClassName", "python_class_name")
 # What TFDS asks the user to fetch by hand. Its command line is not used: it loads Apache Beam, no
 # version of which fits the packages pinned here.
 _BY_HAND = {
@@ -118,6 +121,7 @@ def open_records(folder: pathlib.Path, split: str, decode: bool = False) -> tupl
     """
     import tensorflow_datasets as tfds
 
+    _check_classes(folder)
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # of JSON, of protocol buffers, of TFDS itself
@@ -140,6 +144,34 @@ def open_records(folder: pathlib.Path, split: str, decode: bool = False) -> tupl
         count = f"{len(missing)} of its {len(files)} files"
         raise UserError(f"{folder} lacks {count} of {split}, as {os.path.basename(missing[0])}")
     return builder.info, records
+
+
+def _check_classes(folder: pathlib.Path) -> None:
+    """Looks at features.json, which names classes: TFDS imports whatever module it says.
+
+    Raises:
+      UserError: a class that is not TFDS's own.
+    """
+    path = folder / "features.json"
+    if not path.is_file():
+        return  # TFDS says so
+    try:
+        named = _classes(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({_line(error)}): fetch it again") from error
+    for name in named:
+        if not re.fullmatch(_OWN + r"[\w.]+", name):
+            raise UserError(f"{path} names {name!r}, which is no class of TFDS: prepare it anew")
+
+
+def _classes(value: Any) -> list[str]:
+    """The classes that features as JSON name, at any depth."""
+    if isinstance(value, list):
+        return [name for item in value for name in _classes(item)]
+    if not isinstance(value, dict):
+        return []
+    own = [v for k, v in value.items() if k in _CLASS_KEYS and isinstance(v, str)]
+    return own + [name for item in value.values() for name in _classes(item)]
 
 
 def _features(folder: pathlib.Path, features: Any, labelled: bool) -> tuple[str, str]:
