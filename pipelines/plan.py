@@ -39,7 +39,8 @@ class Plan(NamedTuple):
         trained with guidance needs none, and every other scale doubles the network calls.
       guidance_interval: Times LOW:HIGH at which guidance is used, by commas; t = 1 is noise.
       sampler: Of meanflow, euler and heun, by commas; by default what the run was trained for.
-      checkpoint: Of each run: latest, all, or steps, by commas.
+      checkpoint: Of each run: latest, best (as --best_metric of its training had it), all, or
+        steps, by commas.
       ema: Decays of averaged parameters, by commas, or none; by default the run's own.
       seed: Of noise and labels, which are the same for every run; several, by commas, give a mean
         and a deviation.

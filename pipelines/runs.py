@@ -24,7 +24,7 @@ FREE = (
     *("deterministic", "tensorboard", "model.remat", "model.unroll"),
     *("mesh.", "sample.", "fid.", "wandb."),
 )
-LATEST, ALL = "latest", "all"
+LATEST, BEST, ALL = "latest", "best", "all"
 
 
 @dataclass
@@ -43,19 +43,21 @@ class Run:
     _identities: dict = field(default_factory=dict)
 
     def checkpoints(self, asked: Iterable[str]) -> tuple[int, ...]:
-        """The steps that are asked for: numbers, "latest" or "all".
+        """The steps that are asked for: numbers, "latest", "best" or "all".
 
         Raises:
           UserError: one that is not there.
         """
-        steps = self._steps()
-        found: set[int] = set()
+        steps, best = self._steps()
+        known: dict[str, tuple[int, ...]] = {str(step): (step,) for step in steps}
+        known |= {LATEST: steps[-1:], ALL: steps} | ({} if best is None else {BEST: (best,)})
         for word in asked:
-            if word not in (LATEST, ALL) and word not in map(str, steps):
+            if word == BEST and best is None:
+                raise UserError(f"{self.path} has no best checkpoint: train with --best_metric")
+            if word not in known:
                 there = ", ".join(map(str, steps))
                 raise UserError(f"{self.path} has no checkpoint {word}: there are {there}, or all")
-            found |= set(steps) if word == ALL else {steps[-1] if word == LATEST else int(word)}
-        return tuple(sorted(found))
+        return tuple(sorted({step for word in asked for step in known[word]}))
 
     def average(self, asked: str) -> str:
         """The name of the average that is asked for: a decay, "none", or "" for the run's own."""
@@ -95,11 +97,12 @@ class Run:
     def _exported(self) -> bool:
         return (self.path / WEIGHTS).exists()
 
-    def _steps(self) -> tuple[int, ...]:
+    def _steps(self) -> tuple[tuple[int, ...], int | None]:
+        """All steps, and the best of them where there is one."""
         if self._exported:
-            return (int(self.pipeline.card.get("train_steps") or 0),)
+            return (int(self.pipeline.card.get("train_steps") or 0),), None
         with saved_checkpoints(self.path) as checkpoints:
-            return checkpoints.steps
+            return checkpoints.steps, checkpoints.best
 
     def _stamp(self, step: int) -> str:
         """What no other weights have: a checkpoint's times of writing, a file's content."""

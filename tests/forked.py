@@ -17,7 +17,12 @@ import traceback
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
-SECONDS = 40.0  # of one command
+SECONDS = 120.0  # of one command
+CACHE = {  # what one command compiles, the next does not
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax_forked"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 
 class Done(NamedTuple):
@@ -35,6 +40,7 @@ class Commands:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked"],
             cwd=ROOT,
+            env=os.environ | CACHE,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -49,20 +55,31 @@ class Commands:
 
     def __call__(self, words: list[str], cwd: pathlib.Path) -> Done:
         """Runs `words`, a script of ROOT by its relative path and its arguments, in `cwd`."""
+        self.start(words, cwd)
+        return self.done()
+
+    def start(self, words: list[str], cwd: pathlib.Path) -> int:
+        """Starts what a call runs; returns its process id. Call `done` before the next."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps([words, str(cwd)]) + "\n")
         self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def done(self) -> Done:
+        """Waits for the end of what was started."""
+        assert self._process.stdout
         return Done(*json.loads(self._process.stdout.readline()))
 
 
 def _serve() -> None:
-    """Reads [words, cwd] by lines and answers [status, stdout, stderr]."""
+    """Reads [words, cwd] by lines; answers with a process id, then [status, stdout, stderr]."""
     for line in sys.stdin:
         words, cwd = json.loads(line)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             child = os.fork()
             if child == 0:
                 _become(words, cwd, out.fileno(), err.fileno())
+            print(child, flush=True)
             status = _awaited(child)
             texts = []
             for file in (out, err):

@@ -64,7 +64,7 @@ def test_metadata_without_a_checksum_for_each_array_is_refused():
     x = {"a": {"w": jnp.ones(3)}}
     check({"checksums": checksums(x)}, x)
     check({"samples_consumed": 5}, x)  # of before there were checksums
-    for stored in (None, {}, {"checksums": {}}, {"checksums": {"a": {"['w']": 1}}}):
+    for stored in (None, {}, {"checksums": {}}, {"checksums": {"a": {"w": 1}}}):
         with pytest.raises((ValueError, KeyError)):
             check(stored, x)
 

@@ -25,6 +25,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
     config.ema.update({"decay": 0.9, "start_step": 0})
     config.sample.update({"steps": (1,), "num": 4})
     config.fid.update({"num": 40, "steps": (1, 2), "features": "classifier"})
+    config.update({"best_metric": "fd_classifier_quick_40/1_step"})
     path = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.chdir(tmp_path_factory.mktemp("cwd"))  # the cache lies below
@@ -53,6 +54,7 @@ def test_checkpoints_are_asked_for_by_step_or_word(run):
     assert run.checkpoints(["latest"]) == (3,)
     assert run.checkpoints(["all"]) == (1, 2, 3)
     assert run.checkpoints(["2", "latest"]) == (2, 3)
+    assert run.checkpoints(["best"]) == (3,)  # the only one that was evaluated
     with pytest.raises(UserError, match="no checkpoint 7: there are 1, 2, 3, or all"):
         run.checkpoints(["7"])
 

@@ -266,7 +266,7 @@ def check(stored: Any, parts: dict[str, Any]) -> None:
     for name, found in checksums(parts).items() if CHECKSUMS in stored else ():
         for path, number in found.items():
             if stored[CHECKSUMS][name][path] != number:
-                raise ValueError(f"{name}{path} is not what was saved")
+                raise ValueError(f"{name}.{path} is not what was saved")
 
 
 @jax.jit
@@ -285,7 +285,7 @@ def _sums(tree: Any) -> Any:
 
 def _named(tree: Any) -> Iterator[tuple[str, int]]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        yield jax.tree_util.keystr(path), int(leaf)
+        yield jax.tree_util.keystr(path, simple=True, separator="."), int(leaf)
 
 
 def _listed(path: epath.Path) -> bool:

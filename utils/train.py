@@ -203,7 +203,7 @@ class Meter:
         rows, self._rows = self._rows, []
         means = {name: _finite_mean([row[name] for row in rows]) for name in rows[-1]}
         means = {name: mean for name, mean in means.items() if np.isfinite(mean)}
-        self._bar.set_postfix_str(f"error {means.get('error', np.nan):.4f}")
+        self._bar.set_postfix_str(f"error {means.get('error', np.nan):.4f}", refresh=False)
         skipped = sum(row["skipped"] for row in rows)
         rates = {"data_wait": waited, "steps_per_second": len(rows) / passed}
         return means | rates | {"skipped": skipped}
@@ -220,7 +220,7 @@ def stopped(
     assert meter.last is not None
     number, values, norms = meter.last
     paths = jax.tree_util.tree_flatten_with_path(state.params)[0]
-    names = [jax.tree_util.keystr(path) for path, _ in paths]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
     x = next(batches(number - 1))["x"]
     report = describe(number, config.batch_size, values, norms, names, x)
     place = epath.Path(workdir) / "nonfinite.json"
