@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
 LOST_AFTER = 10  # seconds, as `Program` passes it on
+# Compiling takes most of the time of a short run.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def free_port() -> int:
@@ -30,7 +32,7 @@ class Program:
         """Starts the processes; what they print goes to files in `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count} {QUICK}",
             "PJRT_NPROC": "32",
             "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax_hosts"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",

@@ -78,7 +78,7 @@ cli.run(main)
 TRAIN = (
     *("train_meanflow.py", "--mean_flow.omega", "2", "--mesh.fsdp", "2", "--batch_size", "16"),
     *("--model.depth", "2", "--model.hidden_size", "96", "--model.num_heads", "2"),
-    *("--max_steps", "40", "--save_interval", "5", "--keep_checkpoints", "100"),
+    *("--max_steps", "60", "--save_interval", "5", "--keep_checkpoints", "100"),
     *("--log_interval", "1", "--optimizer.warmup_steps", "5"),
     *("--sample.num", "8", "--sample.steps", "(1,)"),
 )
@@ -102,7 +102,7 @@ def test_two_processes_give_the_rows_and_pictures_of_one(tmp_path):
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(float(a.pop("value")), float(b.pop("value")), rtol=1e-4)
         deviations = [float(row.pop("deviation") or 0) for row in (a, b)]
-        np.testing.assert_allclose(*deviations, rtol=1e-3)
+        np.testing.assert_allclose(deviations[0], deviations[1], rtol=1e-3)
         assert a == b
     places = [sorted((tmp_path / name / "samples").iterdir()) for name in ("one", "two")]
     assert [p.name for p in places[0]] == [p.name for p in places[1]]
@@ -195,13 +195,13 @@ def test_two_processes_are_killed_and_go_on_as_one_and_as_two(tmp_path):
         assert [program.ends(i) for i in range(2)] == [hosts.PREEMPTED] * 2, program.told()
         assert f"saved at step {saved(torn)[-1]} after SIGTERM" in program.stderr(0)
         assert own_lines(program.stderr(1)) == []
-    assert saved(torn)[-1] < 40
+    assert saved(torn)[-1] < 60
     with train(torn, "rest", 2) as program:
         assert [program.ends(i) for i in range(2)] == [0, 0], program.told()
 
-    assert saved(torn)[-1] == saved(whole)[-1] == 40
+    assert saved(torn)[-1] == saved(whole)[-1] == 60
     errors, others = logged(whole), logged(torn)
-    assert list(errors) == list(others) == list(range(1, 41))  # nothing twice, nothing left out
+    assert list(errors) == list(others) == list(range(1, 61))  # nothing twice, nothing left out
     np.testing.assert_allclose(list(errors.values()), list(others.values()), rtol=1e-3)
     for ema in ("", NO_EMA):
         assert distance(whole, torn, ema) < 1e-4
