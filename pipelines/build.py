@@ -28,6 +28,7 @@ from utils.toys import TOYS
 
 AUTOENCODER = "autoencoder"  # the folder of the copy that goes with latents, and with a model
 MANY = 2**31 - 1
+MOST_PATCHES = 2**18  # of a picture: 512 pixels each way, one by one
 MOST_PARAMETERS = 10**11  # with their average and Adam's moments 2 TB
 SEVERAL = 1_000_000
 RANGES: dict[str, tuple[float, float]] = {  # the least and the most a key may be
@@ -120,9 +121,8 @@ def _check_network(config: ConfigDict) -> None:
     """Raises UserError where a network is larger than any machine, before it is looked at."""
     m = config.model
     table = SIZES.get(m.size, {})
-    depth, width, patch = (
-        table.get(key, 1) if m[key] is None else m[key]
-        for key in ("depth", "hidden_size", "patch_size")
+    depth, width = (
+        table.get(key, 1) if m[key] is None else m[key] for key in ("depth", "hidden_size")
     )
     # Of a block: attention 4 d², the MLP 2 · ratio · d², the modulation 6 d².
     count = int(depth * width**2 * (10 + 2 * m.mlp_ratio))
@@ -131,11 +131,18 @@ def _check_network(config: ConfigDict) -> None:
             f"model.depth={depth} and model.hidden_size={width} make a network of {count:.1e} "
             f"parameters, more than {MOST_PARAMETERS:.0e}: give a smaller --model.hidden_size"
         )
-    tokens = (config.image_size // patch) ** 2
-    if not config.use_stable_vae and tokens > 2**18:
+    if not config.use_stable_vae:
+        check_patches(config, config.image_size)
+
+
+def check_patches(config: ConfigDict, side: int) -> None:
+    """Raises UserError where what is `side` long each way makes more patches than attention can."""
+    m = config.model
+    patch = SIZES.get(m.size, {}).get("patch_size", 1) if m.patch_size is None else m.patch_size
+    if (side // patch) ** 2 > MOST_PATCHES:
         raise UserError(
-            f"image_size={config.image_size} with model.patch_size={patch} makes {tokens} patches, "
-            f"more than {2**18}: give a larger --model.patch_size"
+            f"{side} with model.patch_size={patch} makes {(side // patch) ** 2} patches, more than "
+            f"{MOST_PATCHES}: give a smaller --image_size or a larger --model.patch_size"
         )
 
 

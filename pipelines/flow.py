@@ -28,6 +28,7 @@ from pipelines.pretrained import copy_autoencoder
 from utils.checkpoint import Checkpoints
 from utils.cli import UserError, flatten
 from utils.sharding import batch_sharding, fetch, make_mesh, replicated
+from utils.sources import LARGEST
 from utils.step import SAMPLING, stream
 
 WEIGHTS = "model.safetensors"
@@ -106,6 +107,7 @@ class FlowPipeline:
         config, card = read_config(path / "config.json"), read_json(path / "card.json")
         if not {"shape", "num_classes"} <= card.keys() or not config.objective:
             raise UserError(f"{path} holds no whole run: its config.json or card.json lacks keys")
+        check_described(path, config, card)
         copy = path / build.AUTOENCODER
         config.autoencoder = autoencoder or (str(copy) if copy.is_dir() else config.autoencoder)
         return cls.build(config, card)
@@ -295,13 +297,65 @@ def trained_card(config: ConfigDict, card: dict[str, Any], step: int) -> dict[st
     }
 
 
+def check_described(path: pathlib.Path, config: ConfigDict, card: dict[str, Any]) -> None:
+    """Looks at what a folder says of itself, before anything is built of it.
+
+    Raises:
+      UserError: values that no run of this project has.
+    """
+    shape, pictures = card["shape"], card.get("pictures")
+    counts = (card["num_classes"], card.get("train_steps") or 0, card.get("flops_per_step") or 0)
+    right = {
+        "shape": isinstance(shape, list)
+        and len(shape) in (1, 3)
+        and all(type(n) is int and 0 < n <= LARGEST for n in shape),
+        "num_classes": type(card["num_classes"]) is int and card["num_classes"] <= 10**6,
+        "counts": all(type(n) in (int, float) and 0 <= n < 1e40 for n in counts),
+        "pictures": pictures is None or _is_origin(pictures),
+        "words": all(isinstance(card.get(key) or "", str) for key in ("dataset", "autoencoder")),
+    }
+    for what, holds in right.items():
+        if not holds:
+            raise UserError(f"{path / 'card.json'} is none of this project: its {what} cannot be")
+    try:
+        build.check_ranges(config)
+        build.check_patches(config, shape[0] if len(shape) == 3 else 0)
+    except UserError as error:
+        raise UserError(f"{path / 'config.json'} is none of this project: {error}") from error
+
+
+def _is_origin(value: Any) -> bool:
+    """Whether a value is what `utils.data.Dataset.origin` writes."""
+    if not (isinstance(value, dict) and isinstance(value.get("source"), dict)):
+        return False
+    source, skipped = value["source"], value.get("skipped")
+    return (
+        set(source) == {"source", "data_dir", "split"}
+        and all(isinstance(word, str) for word in (*source.values(), value.get("identity", "")))
+        and isinstance(skipped, list)
+        and all(type(n) is int and 0 <= n < 2**64 for n in skipped)
+        and all(type(value.get(key)) is int for key in ("image_size", "count"))
+        and 0 < value["image_size"] <= LARGEST
+    )
+
+
 def read_config(path: pathlib.Path) -> ConfigDict:
     """Returns a run's config; keys younger than the run have their defaults.
 
     Raises:
       UserError: there is no such file, or it is no config of this project.
     """
-    config, values = base.get_config(), flatten(ConfigDict(read_json(path)))
+    config = base.get_config()
+    try:
+        values = flatten(ConfigDict(read_json(path)))
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:  # of its keys
+        raise UserError(f"{path} is no config of this version ({error})") from error
     unknown = sorted(values.keys() - flatten(config).keys())
     if unknown:
         raise UserError(f"{path} is no config of this version: it has no key {unknown[0]}")
@@ -323,7 +377,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         folder, name = path.parent, path.name
         raise UserError(f"{folder} is no run and no exported model: it has no {name}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): restore it or train again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: restore it or train again")

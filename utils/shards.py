@@ -172,7 +172,8 @@ def _check_card(card: Card) -> None:
         "words": all(isinstance(word, str) for word in (*words, *card.skipped)),
         "counts": all(type(n) is int and 0 <= n < 2**64 for n in counts),
         "sizes": all(type(n) is int and 0 < n < 2**31 for n in sizes),
-        "shards": card.shards == -(-card.source_count // card.shard_size) < _MANY_SHARDS,
+        "shards": 0 <= card.shards < _MANY_SHARDS
+        and 0 <= card.shards * card.shard_size - card.source_count < max(card.shard_size, 1),
         "flags": {type(card.flipped), type(card.complete)} == {bool},
     }
     for what, holds in right.items():
