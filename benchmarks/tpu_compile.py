@@ -344,10 +344,11 @@ WIDTH = re.compile(r"\d+")
 
 
 def fsdp_shapes(params: Any) -> set[tuple[int, ...]]:
-    """The shapes, sides in order, of parameters and of their parts; reshapes keep neither."""
+    """The shapes, sides in order, of parameters, of their parts, and of the parts side by side."""
     found = set()
     for leaf in jax.tree.leaves(params):
-        for shape in (leaf.shape, leaf.sharding.shard_shape(leaf.shape)):
+        part = leaf.sharding.shard_shape(leaf.shape)
+        for shape in (leaf.shape, part, (leaf.size // int(np.prod(part)), *part)):
             found |= {squeezed(shape), squeezed(shape[1:])}
     return found
 
