@@ -5,7 +5,9 @@ only `fit` is left out: networks are traced, no array of one is made.
 """
 
 import contextlib
+import functools
 import itertools
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 from configs import base
-from pipelines import build, classifier, extractors, train
+from pipelines import build, classifier, extractors, plan, train
 from utils import cli
 from utils.cli import UserError
 
@@ -179,3 +181,38 @@ def test_without_overrides_it_trains(folder, file):
             begin([f"--config={cli.CONFIGS}/{file}", *SMALL, *FILES[file]], build.flow_objective)
             == "trains"
         )
+
+
+# The evaluator's options.
+
+
+def plan_flags(found: flags.FlagValues) -> None:
+    """Those of eval_fid.py."""
+    with contextlib.ExitStack() as patches:
+        for kind in ("boolean", "integer", "float", "string", "enum", "list", "multi_string"):
+            define = functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=found)
+            patches.enter_context(mock.patch.object(cli.flags, f"DEFINE_{kind}", define))
+        cli.define_flags(plan.Plan)
+
+
+def options() -> st.SearchStrategy[list[str]]:
+    """Words of the evaluator's command line."""
+    name = st.one_of(*[st.sampled_from(plan.Plan._fields)] * 5, misspelt())
+    word = st.builds(lambda name, value: f"--{name}={value}", name, values())
+    return st.lists(word, min_size=1, max_size=4)
+
+
+@settings(MANY, max_examples=400)
+@given(words=options())
+def test_any_option_makes_a_plan_or_is_told(words):
+    try:
+        with command_line(plan_flags):
+            cli.parse(["eval_fid.py", "--workdir=run", *words])
+            made = plan.checked(cli.read_flags(plan.Plan))
+    except TOLD as error:
+        assert " ".join(str(error).split())
+        return
+    assert all(1 <= steps <= plan.MOST_STEPS for steps in made.steps)
+    assert all(math.isfinite(scale) for scale in made.guidance)
+    assert all(0 <= low <= high <= 1 for low, high in plan.intervals(made))
+    assert list(made.steps) == sorted(set(made.steps))

@@ -95,6 +95,23 @@ MISTAKES = {
     "objective": ("train_flow.py --objective=mean_flow", "is set by the script: leave it out"),
     "a file as workdir": ("train_flow.py --workdir=README.md", "name a folder with --workdir"),
     "wandb": ("train_flow.py --wandb.mode=on", "disabled, offline or online"),
+    "patience": ("train_flow.py --save_patience=0", "give --save_patience from"),
+    "best of fewer": ("train_flow.py --keep_best=-1", "give --keep_best from 0"),
+    "no skips": ("train_flow.py --skip_limit=0", "give --skip_limit from 1"),
+    "stall": ("train_flow.py --stall=nan", "stall=nan: give --stall from"),
+    "no boolean for bits": ("train_flow.py --deterministic=perhaps", "Non-boolean argument"),
+    # Several processes.
+    "half a job": ("train_flow.py --coordinator=localhost:9", "go together: give all three"),
+    "half a job, evaluator": ("eval_fid.py --num_processes=2", "go together: give all three"),
+    "no port": (
+        "prepare_data.py --coordinator=here --num_processes=2 --process_id=0",
+        "give HOST:PORT",
+    ),
+    "a process too many": (
+        "train_meanflow.py --coordinator=localhost:9 --num_processes=2 --process_id=2",
+        "the 2 processes are 0 to 1",
+    ),
+    "distributed": ("train_flow.py --distributed=maybe", "one of <auto|on|off>"),
     # Networks.
     "network": ("train_flow.py --model.name=unet", "dit or mlp"),
     "unknown size": ("train_flow.py --model.size=B/3", "one of S/1"),
