@@ -95,7 +95,7 @@ MISTAKES = {
     "objective": ("train_flow.py --objective=mean_flow", "is set by the script: leave it out"),
     "a file as workdir": ("train_flow.py --workdir=README.md", "name a folder with --workdir"),
     "wandb": ("train_flow.py --wandb.mode=on", "disabled, offline or online"),
-    "patience": ("train_flow.py --save_patience=0", "give --save_patience from"),
+    "patience": ("train_flow.py --save_patience=-1", "give --save_patience from"),
     "best of fewer": ("train_flow.py --keep_best=-1", "give --keep_best from 0"),
     "no skips": ("train_flow.py --skip_limit=0", "give --skip_limit from 1"),
     "stall": ("train_flow.py --stall=nan", "stall=nan: give --stall from"),
