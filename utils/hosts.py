@@ -17,8 +17,11 @@ import subprocess
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
+
+from absl import logging
 
 from utils import cli
 from utils.cli import UserError
@@ -89,7 +92,7 @@ class Preemption:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
         if error is not None and not isinstance(error, Preempted):
-            fail(error)  # the contexts around this one may wait for the others: they must not
+            fail(error, within=True)  # the contexts around this one may wait for the others
         if self._handles:  # a handler that is not Python's is None, and lost
             signal.signal(signal.SIGTERM, self._old or signal.SIG_DFL)
 
@@ -134,6 +137,9 @@ def join(options: Hosts, *, saves: bool = False) -> None:
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(_unjoined(options, error)) from error
     _say(_JOINED)
+    if _rank(options):  # one process speaks; of the others only errors are heard
+        warnings.simplefilter("ignore")
+        logging.set_verbosity(logging.ERROR)
 
 
 def first() -> bool:
@@ -187,6 +193,12 @@ def _explicit(coordinator: str, count: int, number: int) -> dict[str, Any]:
 def _number(variable: str) -> int:
     value = os.environ.get(variable, "")
     return int(value) if value.isdigit() else 0
+
+
+def _rank(options: Hosts) -> int:
+    """This process's number, as far as it is known without touching a device; else 0."""
+    variables = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
+    return options.process_id if options.coordinator else max(map(_number, variables))
 
 
 def _on_tpu_pod() -> bool:
@@ -298,13 +310,19 @@ def ended(main: Callable[[], None]) -> None:
     _leave_together()
 
 
-def fail(error: BaseException) -> None:
-    """Ends this process at once with a line, where it is one of several; else returns."""
+def fail(error: BaseException, within: bool = False) -> None:
+    """Ends this process at once with a line, where it is one of several; else returns.
+
+    Args:
+      within: whether a bar of progress may stand in the line before.
+    """
     if _LINE not in os.environ or isinstance(error, SystemExit):
         return
+    if within:
+        print(file=sys.stderr)
     status = cli.report(error)
     if status is None and _by_another(error):
-        print(f"\n{_LOST}", file=sys.stderr)
+        print(_LOST, file=sys.stderr)
         status = LOST
     if status is None:
         traceback.print_exception(error)
