@@ -16,10 +16,10 @@ $(py) eval_fid.py --workdir=$(2)/flow_matching --workdir=$(2)/mean_flow \
     --steps=$(steps) --features=classifier --metrics=fid,nearest --num_samples=2000 --out=$(2)
 endef
 
-.PHONY: help demo toys mnist test oracles lint setup pins clean
+.PHONY: help demo toys mnist test oracles topologies lint setup pins clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(venv) ## trains both methods on the embedded digits and compares them by step count
 	$(call compare,configs/digits.py,runs/demo)
@@ -46,6 +46,12 @@ oracles: $(venv) ## parity with torch implementations; installs torch and others
 	@$(py) -m pip show -q torch-fidelity 2>/dev/null || $(py) -m pip install \
 	    --disable-pip-version-check --no-deps torch-fidelity==0.4.0
 	$(py) -m pytest -n 0 tests/oracles
+
+# The compiler for TPUs runs on any x86 machine with Linux; no TPU is needed.
+topologies: $(venv) ## what crosses between a TPU's chips, by its compiler; installs 700 MB into .venv
+	@$(py) -c "import libtpu" 2>/dev/null || $(py) -m pip install \
+	    --disable-pip-version-check -c requirements.txt -e ".[tpu]"
+	$(py) -m pytest -n 0 tests/test_compile.py
 
 lint: $(venv) ## ruff and mypy
 	$(py) -m ruff check .

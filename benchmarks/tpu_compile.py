@@ -26,6 +26,7 @@ of this machine. Options of the config are those of the training scripts: --mode
 --mesh.fsdp=8, --batch_size=512. What cannot be learnt here is time.
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -33,7 +34,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -135,7 +136,7 @@ def abstract_devices(topology: str) -> list:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # the library raises its own kinds
-        if "libtpu" in str(error):
+        if importlib.util.find_spec("libtpu") is None:
             raise UserError(
                 'the TPU compiler is not installed: pip install "jax[tpu]", or --topology=cpu:8'
             ) from error
@@ -493,9 +494,117 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
         ) from error
 
 
+MOST = 0.8  # of the memory; the rest is the runtime's and the data's
+SHARE_OF_PEAK = 0.4
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """docs/devices.md's table."""
-    raise NotImplementedError
+    """The tables of docs/devices.md: what was compiled, GPU nodes, and what a run costs."""
+    latest = {key(row): row for row in rows}
+    steps = [row for row in latest.values() if row["what"] == "step" and row["hbm"]]
+    others = [row for row in latest.values() if row["what"] != "step" and row["hbm"]]
+    costs = {recipe(row): row for row in steps}
+    return "\n\n".join(
+        [
+            rows_of(COMPILED, map(compiled_row, sorted(steps, key=recipe))),
+            rows_of(PARTS, map(part_row, others)),
+            rows_of(ON_GPUS, (gpu_row(row, gpu) for row in costs.values() for gpu in GPUS)),
+            rows_of(COSTS, map(cost_row, costs.values())),
+        ]
+    )
+
+
+COMPILED = ("recipe", "slice", "mesh, data × fsdp", "keys", "state", "temporaries", "sum", "of HBM")
+COMPILED += ("fits", "FSDP's", "others, largest")
+PARTS = ("program", "recipe", "slice", "weights", "temporaries", "sum", "of HBM", "collectives")
+ON_GPUS = ("recipe", "node", "keys", "state", "temporaries", "sum", "of memory", "fits")
+COSTS = ("recipe", "steps", "FLOPs a step", *CHIPS, *GPUS)
+
+
+def key(row: dict[str, Any]) -> tuple:
+    """What a later result takes the place of."""
+    options = tuple(sorted(row["overrides"]))
+    return row["what"], row["objective"], row["config"], row["topology"], options
+
+
+def recipe(row: dict[str, Any]) -> str:
+    """The config's file and variant, and what is trained."""
+    file, _, variant = pathlib.PurePath(row["config"]).name.partition(":")
+    return f"{file.removesuffix('.py')} {variant or row['objective']}"
+
+
+def keys_of(row: dict[str, Any]) -> str:
+    """The options given, but for the mesh, which has a column."""
+    given = [word for word in row["overrides"] if not word.startswith("mesh.")]
+    return " ".join(f"`--{word}`" for word in given)
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB."""
+    return f"{size / GIB:.2f}"
+
+
+def rows_of(head: tuple[str, ...], rows: Iterable[list[str]]) -> str:
+    """A markdown table."""
+    lines = [list(head), ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def state_of(row: dict[str, Any]) -> float:
+    """Bytes of parameters, averages and optimizer state, on a chip."""
+    return sum(row["bytes"][kind] for kind in ("parameters", "ema", "optimizer"))
+
+
+def compiled_row(row: dict[str, Any]) -> list[str]:
+    """A step on a slice."""
+    sizes, used = row["bytes"], row["bytes"]["sum"] / row["hbm"]
+    crossing = sum(c["bytes"] for c in row["collectives"] if c["fsdp"])
+    largest = max([c["largest"] for c in row["collectives"] if not c["fsdp"]], default=0)
+    return [
+        recipe(row),
+        f"{row['topology']}, {row['chips']} chips",
+        f"{row['mesh']['data']} × {row['mesh']['fsdp']}",
+        keys_of(row),
+        gib(state_of(row)),
+        gib(sizes["temporaries"]),
+        gib(sizes["sum"]),
+        f"{used:.0%}",
+        "yes" if used < MOST else "no",
+        f"{gib(crossing)} a step",
+        f"{largest / 1024:.1f} KiB",
+    ]
+
+
+def part_row(row: dict[str, Any]) -> list[str]:
+    """A sampler, decoder or Inception on a slice."""
+    sizes = row["bytes"]
+    used = f"{sizes['sum'] / row['hbm']:.0%}"
+    weights, temporaries = gib(sizes["params"]), gib(sizes["temporaries"])
+    crossing = gib(sum(c["bytes"] for c in row["collectives"])) if row["collectives"] else "none"
+    return [row["what"], recipe(row), row["topology"], weights, temporaries, gib(sizes["sum"]),
+            used, crossing]  # fmt: skip
+
+
+def gpu_row(row: dict[str, Any], gpu: str) -> list[str]:
+    """An estimate for a node of 8: an eighth of the state, temporaries by samples per chip.
+
+    Twice those of the slice, as a TPU rounds what float32 products keep to bfloat16.
+    """
+    whole = state_of(row) * row["mesh"]["fsdp"] / row["devices_per_chip"]
+    per_chip = row["batch_size"] / row["chips"]
+    temporaries = 2 * row["bytes"]["temporaries"] * max(row["batch_size"] / 8 / per_chip, 1.0)
+    total, memory = whole / 8 + temporaries, GPUS[gpu].hbm * GIB
+    fits = "yes" if total < MOST * memory else "with more --accumulation or --model.remat"
+    return [recipe(row), f"8 × {gpu}", f"`--mesh.fsdp=8` {keys_of(row)}", gib(whole / 8),
+            gib(temporaries), gib(total), f"{total / memory:.0%}", fits]  # fmt: skip
+
+
+def cost_row(row: dict[str, Any]) -> list[str]:
+    """Chip-hours of the whole run."""
+    whole = row["model_flops"] * row["max_steps"]
+    hours = [whole / (SHARE_OF_PEAK * c.peak * 1e12) / 3600 for c in (CHIPS | GPUS).values()]
+    cells = [f"{h:,.0f}" for h in hours]
+    return [recipe(row), f"{row['max_steps']:,}", f"{row['model_flops']:.3g}", *cells]
 
 
 if __name__ == "__main__":
