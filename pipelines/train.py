@@ -67,6 +67,9 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
     )
     check_workdir(path, config, dataset.identity)
     card = make_card(config, dataset, shape, network, objective)
+    pipeline = FlowPipeline.build(config, card, autoencoder=codec)
+    pipeline.check(1, "", [config.sample.guidance])
+    evaluate = Evaluate(pipeline, dataset)  # before anything is written: it may lack weights
     write_json(path / "config.json", config.to_dict())
     write_json(path / "card.json", card)
     return fit(
@@ -77,7 +80,7 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
         init=network.init,
         batches=batches,
         encode=codec.sample,
-        evaluate=Evaluate(FlowPipeline.build(config, card, autoencoder=codec), dataset),
+        evaluate=evaluate,
         workdir=path,
     )
 

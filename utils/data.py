@@ -10,6 +10,7 @@ import functools
 import pathlib
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,9 +20,18 @@ from ml_collections import ConfigDict
 from utils import shards, tfds
 from utils.cli import UserError
 from utils.pictures import open_pictures
-from utils.sources import ArraySource, Pictures, PictureSource, Source, check_size, fingerprint
+from utils.sources import (
+    ArraySource,
+    Pictures,
+    PictureSource,
+    Source,
+    check_packed,
+    check_size,
+    fingerprint,
+)
 from utils.toys import TOYS
 
+_DAMAGE = (OSError, ValueError, MemoryError, zipfile.BadZipFile, zlib.error)  # what damage raises
 _ORDER, _FLIP = 1, 2  # set the random streams of one seed apart
 _TOY_POINTS, _TOY_HELDOUT, _TOY_VERSION = 100_000, 20_000, 1
 
@@ -217,9 +227,10 @@ def _mnist_npz(file: pathlib.Path) -> list[Arrays]:
     names = [f"{split}_{part}" for split in ("train", "test") for part in ("images", "labels")]
     keras = ["x_train", "y_train", "x_test", "y_test"]
     try:
+        check_packed(file)
         with np.load(file, allow_pickle=False) as data:
             x, y, x_test, y_test = (data[k] for k in (names if names[0] in data else keras))
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (*_DAMAGE, KeyError, TypeError) as error:
         wanted = ", ".join(names)
         raise UserError(f"{file} is no .npz with {wanted} ({error}): see --data_dir") from error
     return [(x.reshape(-1, 28, 28, 1), y), (x_test.reshape(-1, 28, 28, 1), y_test)]
