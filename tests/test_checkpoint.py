@@ -224,3 +224,37 @@ def test_a_full_disk_costs_that_save_alone(tmp_path, patience):
         assert "refused: checkpoint 3 could not be saved (No space left" in result.stdout
         assert "goes on from step 1" in result.stdout
     assert "steps (4,)" in result.stdout
+
+
+HOSTILE = {  # of strangers: what stands in a file, and what takes its place
+    "a handler that runs code": (
+        "_CHECKPOINT_METADATA",
+        "orbax.checkpoint.experimental",
+        "os.system",
+    ),
+    "a type that is none": ("ema/_METADATA", '"jax.Array"', '"builtins.eval"'),
+    "a key that leaves the tree": ("ema/_METADATA", '"key": "w"', '"key": "../../../train/w"'),
+    "shapes of terabytes": ("ema/_METADATA", "[64, 32]", "[64000000, 32000000]"),
+    "checksums that are none": ("_CHECKPOINT_METADATA", '"checksums": {', '"checksums": 1, "x": {'),
+    "metadata without end": ("_CHECKPOINT_METADATA", '"position": 3', '"x": ' + "[" * 10**5),
+}
+
+
+@pytest.mark.parametrize(("file", "old", "new"), HOSTILE.values(), ids=HOSTILE)
+def test_a_strangers_checkpoint_is_read_as_it_was_saved_or_not_at_all(
+    three, tmp_path, file, old, new
+):
+    folder = tmp_path / "run"
+    shutil.copytree(three, folder)
+    path = folder / "checkpoints" / "3" / file
+    content = path.read_text()
+    assert old in content
+    path.write_text(content.replace(old, new))
+    before = sorted(tmp_path.rglob("*"))
+    try:
+        with Checkpoints(folder) as checkpoints:
+            found = checkpoints.restore({"ema": abstract()["ema"]}, 3)
+        assert checksums(found)["ema"] == checksums(parts(3))["ema"]
+    except UserError as error:
+        assert "checkpoints" in str(error)
+    assert sorted(tmp_path.rglob("*")) == before
