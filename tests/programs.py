@@ -28,8 +28,19 @@ class Program:
     which leaves none of them behind.
     """
 
-    def __init__(self, command: Sequence[str], folder: pathlib.Path, count: int, devices: int = 2):
-        """Starts the processes; what they print goes to files in `folder`."""
+    def __init__(
+        self,
+        command: Sequence[str],
+        folder: pathlib.Path,
+        count: int,
+        devices: int = 2,
+        surroundings: Sequence[dict[str, str]] = (),
+    ):
+        """Starts the processes; what they print goes to files in `folder`.
+
+        Args:
+          surroundings: variables for each process, which are to join them instead of flags.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count} {QUICK}",
@@ -43,11 +54,13 @@ class Program:
         for index, path in enumerate(self.errors):
             flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
             flags += [f"--process_id={index}", f"--lost_after={LOST_AFTER}", "--join_timeout=60"]
+            if surroundings or count == 1:
+                flags = []
             with path.open("w") as stderr, path.with_name(f"stdout_{index}").open("w") as stdout:
                 process = subprocess.Popen(
-                    [sys.executable, *command, *(flags if count > 1 else [])],
+                    [sys.executable, *command, *flags],
                     cwd=ROOT,
-                    env=environment,
+                    env=environment | (surroundings[index] if surroundings else {}),
                     stdout=stdout,
                     stderr=stderr,
                     start_new_session=True,

@@ -67,6 +67,9 @@ def main(_):
     import warnings
     warnings.warn("told once")
     print("runs", flush=True)
+    if DO.value == "count":
+        devices = f"{jax.local_device_count()} of {jax.device_count()}"
+        return print(f"processes {jax.process_count()}, devices {devices}")
     with waits(), hosts.Preemption():
         if DO.value == "mistake" and jax.process_index() == WHO.value:
             raise cli.UserError("the disk of this host is full")
@@ -333,6 +336,17 @@ def test_processes_are_found_by_their_surroundings(monkeypatch, environment, opt
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert hosts.arguments(hosts.Hosts(**options)) == expected
+
+
+def test_tasks_of_slurm_find_each_other(tmp_path):
+    """SLURM's variables as srun sets them, two tasks on two nodes that are both this machine."""
+    step = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
+    step |= {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost,other"}
+    tasks = [step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": "0"} for i in range(2)]
+    with Program(["-c", SUMS, "--do=count"], tmp_path, 2, 4, surroundings=tasks) as program:
+        assert [program.ends(i) for i in range(2)] == [0, 0], program.told()
+    for i in range(2):
+        assert "processes 2, devices 2 of 4" in (tmp_path / f"stdout_{i}").read_text()
 
 
 @pytest.mark.parametrize(
