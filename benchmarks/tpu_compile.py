@@ -503,13 +503,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     latest = {key(row): row for row in rows}
     steps = [row for row in latest.values() if row["what"] == "step" and row["hbm"]]
     others = [row for row in latest.values() if row["what"] != "step" and row["hbm"]]
-    costs = {recipe(row): row for row in steps}
+    leanest = {recipe(row): row for row in sorted(steps, key=per_sample, reverse=True)}
+    by_recipe = [leanest[name] for name in sorted(leanest)]
     return "\n\n".join(
         [
             rows_of(COMPILED, map(compiled_row, sorted(steps, key=recipe))),
             rows_of(PARTS, map(part_row, others)),
-            rows_of(ON_GPUS, (gpu_row(row, gpu) for row in costs.values() for gpu in GPUS)),
-            rows_of(COSTS, map(cost_row, costs.values())),
+            rows_of(ON_GPUS, (gpu_row(row, gpu) for row in by_recipe for gpu in GPUS)),
+            rows_of(COSTS, map(cost_row, by_recipe)),
         ]
     )
 
@@ -536,7 +537,7 @@ def recipe(row: dict[str, Any]) -> str:
 def keys_of(row: dict[str, Any]) -> str:
     """The options given, but for the mesh, which has a column."""
     given = [word for word in row["overrides"] if not word.startswith("mesh.")]
-    return " ".join(f"`--{word}`" for word in given)
+    return " ".join(f"`--{word.removesuffix('=true')}`" for word in given)
 
 
 def gib(size: float) -> str:
@@ -553,6 +554,11 @@ def rows_of(head: tuple[str, ...], rows: Iterable[list[str]]) -> str:
 def state_of(row: dict[str, Any]) -> float:
     """Bytes of parameters, averages and optimizer state, on a chip."""
     return sum(row["bytes"][kind] for kind in ("parameters", "ema", "optimizer"))
+
+
+def per_sample(row: dict[str, Any]) -> float:
+    """Bytes of temporaries for each sample that a chip has in a step."""
+    return row["bytes"]["temporaries"] * row["chips"] / row["batch_size"]
 
 
 def compiled_row(row: dict[str, Any]) -> list[str]:
@@ -591,11 +597,10 @@ def gpu_row(row: dict[str, Any], gpu: str) -> list[str]:
     Twice those of the slice, as a TPU rounds what float32 products keep to bfloat16.
     """
     whole = state_of(row) * row["mesh"]["fsdp"] / row["devices_per_chip"]
-    per_chip = row["batch_size"] / row["chips"]
-    temporaries = 2 * row["bytes"]["temporaries"] * max(row["batch_size"] / 8 / per_chip, 1.0)
+    temporaries = 2 * per_sample(row) * row["batch_size"] / 8
     total, memory = whole / 8 + temporaries, GPUS[gpu].hbm * GIB
     fits = "yes" if total < MOST * memory else "with more --accumulation or --model.remat"
-    return [recipe(row), f"8 × {gpu}", f"`--mesh.fsdp=8` {keys_of(row)}", gib(whole / 8),
+    return [recipe(row), f"8 × {gpu}", f"`--mesh.fsdp=8` {keys_of(row)}".rstrip(), gib(whole / 8),
             gib(temporaries), gib(total), f"{total / memory:.0%}", fits]  # fmt: skip
 
 

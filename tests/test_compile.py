@@ -108,3 +108,9 @@ def test_mistakes_are_told_in_one_line(option, message):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(message)
     assert "Traceback" not in done.stderr
+
+
+def test_the_tables_in_the_docs_are_those_of_the_results_beside_them():
+    done = command("--table=docs/devices.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
