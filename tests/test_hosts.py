@@ -359,6 +359,8 @@ def test_tasks_of_slurm_find_each_other(tmp_path):
         (("h:x", 2, 0), "give HOST:PORT"),
         (("h:99999", 2, 0), "give HOST:PORT"),
         (("h:1", 2, 2), "the 2 processes are 0 to 1"),
+        (("h:1", 2, 0, "auto", 0), "--join_timeout=0: seconds"),
+        (("h:1", 2, 0, "auto", 9, -1), "--lost_after=-1: seconds"),
     ],
 )
 def test_half_a_set_of_flags_is_told(options, line):

@@ -155,6 +155,9 @@ def arguments(options: Hosts) -> dict[str, Any] | None:
     Raises:
       UserError: half a set of flags, or numbers that do not fit.
     """
+    for name in ("join_timeout", "lost_after"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}={getattr(options, name)}: seconds, at least 1")
     given = (options.coordinator, options.num_processes, options.process_id)
     if options.distributed == "off":
         return None
