@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipelines.flow import write_json
+from utils import files
 from utils.cli import UserError
 
 
@@ -104,10 +105,7 @@ class Cells:
         """Adds rows to a cell; who calls it holds the claim on the cell."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if samples is not None:
-            part = self._npz(name).with_suffix(".part")
-            with part.open("wb") as file:
-                np.savez_compressed(file, samples=samples)
-            part.replace(self._npz(name))
+            files.write(self._npz(name), lambda file: np.savez_compressed(file, samples=samples))
         together = self.rows(name) | rows
         write_json(
             self._json(name),

@@ -23,7 +23,7 @@ from jax.tree_util import Partial
 
 from models.classifier import FEATURES, Classifier
 from pipelines.extractors import Extractor
-from utils import data
+from utils import data, files
 from utils.cli import UserError
 from utils.log import progress
 from utils.sources import fingerprint
@@ -184,15 +184,11 @@ def _accuracy(params, heldout, task: _Task) -> float:
 
 
 def _save(path: pathlib.Path, params, accuracy: float) -> None:
-    """Writes beside `path`, then renames: a run that is cut short leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
         name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()
     }
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.savez(file, **arrays, accuracy=np.float64(accuracy))
-    part.replace(path)
+    arrays["accuracy"] = np.float64(accuracy)
+    files.write(path, lambda file: np.savez(file, **arrays))
 
 
 def _load(path: pathlib.Path) -> tuple[dict, float] | None:

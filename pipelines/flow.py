@@ -7,7 +7,6 @@ the averaged parameters: a run's `checkpoints/`, or `model.safetensors` where it
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from ml_collections import ConfigDict
@@ -25,6 +25,7 @@ from flows.samplers import SAMPLERS, uniform_grid
 from models.autoencoder import Autoencoder
 from pipelines import build
 from pipelines.pretrained import copy_autoencoder
+from utils import files
 from utils.checkpoint import Checkpoints
 from utils.cli import UserError, flatten
 from utils.sharding import batch_sharding, fetch, make_mesh, replicated
@@ -103,13 +104,15 @@ class FlowPipeline:
         Raises:
           UserError: no such folder, or one that holds no whole run.
         """
-        path = pathlib.Path(path)
-        config, card = read_config(path / "config.json"), read_json(path / "card.json")
+        folder = files.place(path)
+        files.reach(folder)
+        config, card = read_config(folder / "config.json"), read_json(folder / "card.json")
         if not {"shape", "num_classes"} <= card.keys() or not config.objective:
-            raise UserError(f"{path} holds no whole run: its config.json or card.json lacks keys")
-        check_described(path, config, card)
-        copy = path / build.AUTOENCODER
+            raise UserError(f"{folder} holds no whole run: its config.json or card.json lacks keys")
+        check_described(folder, config, card)
+        copy = folder / build.AUTOENCODER
         config.autoencoder = autoencoder or (str(copy) if copy.is_dir() else config.autoencoder)
+        files.check_local(autoencoder=config.autoencoder)
         return cls.build(config, card)
 
     def load(
@@ -125,12 +128,12 @@ class FlowPipeline:
         Raises:
           UserError: there is nothing of the kind, or it is of another network.
         """
-        path = pathlib.Path(path)
+        folder = files.place(path)
         abstract = jax.eval_shape(self.network.init, jax.random.key(0))
-        if (path / WEIGHTS).exists():
-            check_exported(path, self.card, step, ema)
-            return dataclasses.replace(self, params=_read_weights(path / WEIGHTS, abstract))
-        with saved_checkpoints(path) as checkpoints:
+        if (folder / WEIGHTS).exists():
+            check_exported(folder, self.card, step, ema)
+            return dataclasses.replace(self, params=_read_weights(folder / WEIGHTS, abstract))
+        with saved_checkpoints(folder) as checkpoints:
             at = checkpoints.steps[-1] if step is None else step
             params = _read_parameters(checkpoints, self.config, abstract, at, ema)
         card = self.card | trained_card(self.config, self.card, at)
@@ -142,19 +145,17 @@ class FlowPipeline:
         Raises:
           UserError: the folder already holds weights.
         """
-        path = pathlib.Path(path)
-        if (path / WEIGHTS).exists():
-            raise UserError(f"{path / WEIGHTS} exists: name another folder, or remove it")
-        path.mkdir(parents=True, exist_ok=True)
+        folder = files.place(path)
+        if (folder / WEIGHTS).exists():
+            raise UserError(f"{folder / WEIGHTS} exists: name another folder, or remove it")
         flat = flatten_dict(jax.device_get(self.params), sep=".")
         tensors = {k: np.ascontiguousarray(v, dtype) for k, v in flat.items()}
-        write_json(path / "config.json", {**self.config.to_dict(), "autoencoder": ""})
-        write_json(path / "card.json", self.card)
-        part = path / f"{WEIGHTS}.part"  # the weights last and at once: with them it is whole
-        safetensors.numpy.save_file(tensors, part)
+        write_json(folder / "config.json", {**self.config.to_dict(), "autoencoder": ""})
+        write_json(folder / "card.json", self.card)
         if self.config.use_stable_vae:
-            copy_autoencoder(build.autoencoder_place(self.config), path / build.AUTOENCODER)
-        part.replace(path / WEIGHTS)
+            copy_autoencoder(build.autoencoder_place(self.config), folder / build.AUTOENCODER)
+        # The weights last and at once: with them it is whole.
+        files.write(folder / WEIGHTS, safetensors.numpy.save(tensors))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -297,7 +298,7 @@ def trained_card(config: ConfigDict, card: dict[str, Any], step: int) -> dict[st
     }
 
 
-def check_described(path: pathlib.Path, config: ConfigDict, card: dict[str, Any]) -> None:
+def check_described(path: epath.Path, config: ConfigDict, card: dict[str, Any]) -> None:
     """Looks at what a folder says of itself, before anything is built of it.
 
     Raises:
@@ -339,7 +340,7 @@ def _is_origin(value: Any) -> bool:
     )
 
 
-def read_config(path: pathlib.Path) -> ConfigDict:
+def read_config(path: epath.Path) -> ConfigDict:
     """Returns a run's config; keys younger than the run have their defaults.
 
     Raises:
@@ -366,12 +367,13 @@ def read_config(path: pathlib.Path) -> ConfigDict:
     return config
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(file: str | os.PathLike) -> dict[str, Any]:
     """Returns what a run's JSON file holds.
 
     Raises:
       UserError: there is no such file, or it holds something else.
     """
+    path = epath.Path(file)
     try:
         value = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -384,16 +386,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: pathlib.Path, value: dict) -> None:
+def write_json(path: str | os.PathLike, value: dict) -> None:
     """Writes JSON at once or not at all; process 0 only."""
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(value, indent=2))
-        part.replace(path)
+        files.write(path, json.dumps(value, indent=2))
 
 
-def saved_checkpoints(path: pathlib.Path) -> Checkpoints:
+def saved_checkpoints(path: epath.Path) -> Checkpoints:
     """The checkpoints of a run, at least one.
 
     Raises:
@@ -407,7 +406,7 @@ def saved_checkpoints(path: pathlib.Path) -> Checkpoints:
     return checkpoints
 
 
-def check_exported(path: pathlib.Path, card: dict[str, Any], step: int | None, ema: str) -> None:
+def check_exported(path: epath.Path, card: dict[str, Any], step: int | None, ema: str) -> None:
     """Raises UserError where an exported model is asked for a step or average it has not."""
     if step not in (None, card.get("train_steps")) or ema:
         raise UserError(
@@ -435,10 +434,12 @@ def _read_parameters(
     return checkpoints.restore({"ema": {name: wanted}}, step)["ema"][name]
 
 
-def _read_weights(path: pathlib.Path, abstract: Any) -> Any:
+def _read_weights(path: epath.Path, abstract: Any) -> Any:
     """The tensors of a safetensors file, as float32, in the shape of `abstract`."""
     try:
-        flat = safetensors.numpy.load_file(path)
+        bucket = files.in_bucket(path)
+        load = safetensors.numpy.load_file
+        flat = safetensors.numpy.load(path.read_bytes()) if bucket else load(path)
     except Exception as error:  # the library raises its own kinds for a damaged file
         raise UserError(f"{path} cannot be read ({error}): copy it again") from error
     wanted = {k: v.shape for k, v in flatten_dict(abstract, sep=".").items()}

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from flows.samplers import SAMPLERS
 from pipelines import extractors, measure
+from utils import files
 from utils.cli import UserError
 from utils.sources import LARGEST
 
@@ -32,7 +33,8 @@ class Plan(NamedTuple):
     """The options of an evaluation, which are the flags of eval_fid.py.
 
     Attributes:
-      workdir: A run's folder, or that of an exported model; give the flag once per run.
+      workdir: A run's folder or gs://BUCKET/FOLDER, or that of an exported model; give the flag
+        once per run.
       samples: Pictures made elsewhere: a folder, a .zip, or an .npz with arr_0; once per set.
       steps: Sampling steps, by commas.
       guidance: Scales ω of classifier-free guidance in sampling, by commas; 1 for none. A run
@@ -107,6 +109,8 @@ def checked(plan: Plan) -> Plan:
     """
     if not plan.workdir and not plan.samples:
         raise UserError("nothing to measure: give --workdir=FOLDER of a run, or --samples=FOLDER")
+    local = ("out", "cache_dir", "data_dir", "autoencoder", "reference")
+    files.check_local(**{name: getattr(plan, name) for name in local})
     if plan.workdir and plan.samples:
         raise UserError("--workdir and --samples do not go together: measure one, then the other")
     if plan.samples and not plan.reference:

@@ -6,7 +6,10 @@ import pathlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from etils import epath
+
 from pipelines.flow import NO_EMA, WEIGHTS, FlowPipeline, saved_checkpoints
+from utils import files
 from utils.cli import UserError, flatten
 
 # What may change between the parts of a run; everything else makes it another run.
@@ -37,7 +40,7 @@ class Run:
     """
 
     name: str
-    path: pathlib.Path
+    path: epath.Path
     pipeline: FlowPipeline
     _loaded: dict = field(default_factory=dict)  # the last pipeline that was asked for
     _identities: dict = field(default_factory=dict)
@@ -125,16 +128,22 @@ def load_runs(folders: Iterable[str], autoencoder: str = "") -> dict[str, Run]:
     return {name: Run(name, path, FlowPipeline.describe(path, autoencoder)) for name, path in names}
 
 
-def run_names(folders: Iterable[str]) -> dict[str, pathlib.Path]:
+def run_names(folders: Iterable[str]) -> dict[str, epath.Path]:
     """Names runs by their folders, and by the folders above too where these are alike.
 
     Raises:
       UserError: runs that would still be of one name.
     """
-    paths = list(dict.fromkeys(pathlib.Path(folder).expanduser().resolve() for folder in folders))
+    paths = list(dict.fromkeys(_resolved(folder) for folder in folders))
     short = [path.name for path in paths]
     full = ["_".join(path.parts[-2:]) for path in paths]
     names = [s if short.count(s) == 1 else f for s, f in zip(short, full, strict=True)]
     if len(set(names)) < len(names):
         raise UserError(f"runs of one name cannot share a table: {', '.join(full)}; rename one")
     return dict(zip(names, paths, strict=True))
+
+
+def _resolved(folder: str) -> epath.Path:
+    """One path for a folder, whatever links lead there."""
+    path = files.place(folder)
+    return path if files.in_bucket(path) else epath.Path(pathlib.Path(path).resolve())

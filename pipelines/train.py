@@ -3,13 +3,13 @@
 import functools
 import json
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from flows.consistency import self_consistency
@@ -19,7 +19,7 @@ from pipelines import build
 from pipelines.flow import FlowPipeline, read_json, trained_card, write_json
 from pipelines.quick import QuickDistance
 from pipelines.runs import FREE
-from utils import data, flops
+from utils import data, files, flops
 from utils.cli import UserError, absolute, flatten
 from utils.feed import feed
 from utils.figures import grid
@@ -33,13 +33,15 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
     """Trains the config's network, or goes on where `workdir` stopped.
 
     Args:
-      workdir: the run's folder; empty: runs/DATASET/OBJECTIVE.
+      workdir: the run's folder, or gs://BUCKET/FOLDER; empty: runs/DATASET/OBJECTIVE.
       make_objective: (config, num_classes, local) → objective, bound to its options; local is the
         number of samples that a device has in a microbatch.
     Raises:
       UserError: bad options, missing data, or a workdir that holds another run.
     """
     build.check_ranges(config)
+    files.check_local(data_dir=config.data_dir, autoencoder=config.autoencoder)
+    files.reach(files.place(workdir))
     if config.deterministic:
         be_deterministic()
     dataset = data.load(config)
@@ -53,7 +55,7 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
     check_best(config)
     for key in ("data_dir", "autoencoder"):  # who reads the run may stand in another folder
         config[key] = absolute(config[key])
-    path = pathlib.Path(workdir or f"runs/{config.dataset_name}/{config.objective}")
+    path = files.place(workdir or f"runs/{config.dataset_name}/{config.objective}")
     codec = build.autoencoder(config, dataset.shape, dataset.autoencoder)
     shape = build.latent_shape(codec, dataset.shape)
     network = build.network(config, shape, dataset.num_classes)
@@ -203,11 +205,11 @@ def step_flops(
     return flops.count(gradient, params, batch, jax.random.key(0))
 
 
-def check_workdir(path: pathlib.Path, config: ConfigDict, dataset: str) -> None:
+def check_workdir(path: epath.Path, config: ConfigDict, dataset: str) -> None:
     """Raises UserError where `path` holds checkpoints of another config or of other data."""
     if path.is_file():
         raise UserError(f"{path} is a file: name a folder with --workdir")
-    if not any((path / "checkpoints").glob("[0-9]*")):
+    if not any(name[0].isdigit() for name in files.names(path / "checkpoints")):
         return
     old = flatten(ConfigDict(read_json(path / "config.json")))
     new = flatten(ConfigDict(json.loads(json.dumps(config.to_dict()))))

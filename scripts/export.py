@@ -15,7 +15,7 @@ from absl import flags
 
 from utils import cli
 
-WORKDIR = flags.DEFINE_string("workdir", "", "The run's folder.")
+WORKDIR = flags.DEFINE_string("workdir", "", "The run's folder, or gs://BUCKET/FOLDER.")
 OUT = flags.DEFINE_string("out", "", "The folder to write; it must not hold weights yet.")
 AUTOENCODER = flags.DEFINE_string(
     "autoencoder", "", "Of a run on latents: its folder, if not where the run found it."
@@ -26,9 +26,11 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Of the we
 def main(_) -> None:
     """Run → folder."""
     from pipelines.flow import FlowPipeline
+    from utils import files
 
     if not WORKDIR.value or not OUT.value:
         raise cli.UserError("which run, and where to? --workdir=runs/... --out=FOLDER")
+    files.check_local(out=OUT.value, autoencoder=AUTOENCODER.value)
     pipeline = FlowPipeline.from_pretrained(WORKDIR.value, AUTOENCODER.value)
     pipeline.save_pretrained(OUT.value, DTYPE.value)
 

@@ -10,7 +10,6 @@ import gc
 import json
 import logging
 import os
-import pathlib
 import sys
 import time
 import warnings
@@ -23,6 +22,7 @@ from etils import epath
 from jax import Array
 from orbax.checkpoint import v1 as ocp
 
+from utils import files
 from utils.cli import UserError
 from utils.sharding import agreed, anywhere
 
@@ -55,9 +55,7 @@ class Checkpoints:
           keep_best: those with the lowest score, kept beside them.
           patience: seconds without a save that succeeds, after which `save` raises.
         """
-        self.path = epath.Path(workdir) / "checkpoints"
-        if "://" not in str(workdir):
-            self.path = epath.Path(pathlib.Path(workdir).absolute() / "checkpoints")
+        self.path = files.place(workdir) / "checkpoints"
         self._keep, self._keep_best = keep, keep_best
         self._patience, self._succeeded = patience, time.monotonic()
         self._saving: tuple[int, Any] | None = None  # a step and its save on the way
@@ -224,7 +222,7 @@ class Checkpoints:
 
     def _set_unlisted_aside(self) -> bool:
         """Moves those away that keep all from being listed; says whether there were any."""
-        found = [int(path.name) for path in self.path.iterdir() if path.name.isdigit()]
+        found = [int(name) for name in files.names(self.path) if name.isdigit()]
         unlisted = [step for step in found if not _listed(self.path / str(step))]
         for step in unlisted:
             self._set_aside(step)
@@ -234,10 +232,9 @@ class Checkpoints:
         """Moves a checkpoint out of the way of a new one of that step."""
         place = self.path.parent / DAMAGED / f"{step}"
         if jax.process_index() == 0:
-            place.parent.mkdir(parents=True, exist_ok=True)
             while place.exists():
                 place = place.with_name(place.name + "_")
-            (self.path / str(step)).rename(place)
+            files.move(self.path / str(step), place)
         agreed(step)  # all wait for the move
         self._report(f"checkpoint {step} is damaged: moved to {place}")
 

@@ -36,7 +36,9 @@ def define_run_flags() -> tuple[flags.FlagHolder, flags.FlagHolder]:
         help_string="configs/NAME.py[:variant]; --config.KEY=VALUE, or --KEY VALUE, changes a key.",
     )
     return config, flags.DEFINE_string(
-        "workdir", "", "Folder of the run; default runs/DATASET/OBJECTIVE."
+        "workdir",
+        "",
+        "Folder of the run; default runs/DATASET/OBJECTIVE. gs://BUCKET/FOLDER is one too.",
     )
 
 

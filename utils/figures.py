@@ -5,11 +5,12 @@ matplotlib and Pillow are imported where they are used: both cost start-up time.
 
 import math
 import os
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from utils import files
 
 CELL = 48  # pixels: smaller pictures are enlarged by a whole factor to about this height
 GAP = 2  # pixels of white between pictures
@@ -83,7 +84,7 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     from PIL import Image
 
     squeezed = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
-    _replace(path, lambda file: Image.fromarray(squeezed).save(file, format="png"))
+    files.write(path, lambda file: Image.fromarray(squeezed).save(file, format="png"))
 
 
 def save_grid(path: str | os.PathLike, images: np.ndarray, columns: int | None = None) -> None:
@@ -212,14 +213,4 @@ def _pixels(figure) -> np.ndarray:
 
 
 def _save_figure(figure, path: str | os.PathLike) -> None:
-    _replace(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
-
-
-def _replace(path: str | os.PathLike, write: Callable) -> None:
-    """Writes beside `path`, then renames: a reader never sees half a picture."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("wb") as file:
-        write(file)
-    part.replace(path)
+    files.write(path, lambda file: figure.savefig(file, format="png", dpi=DPI))

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from utils import files
 from utils.cli import UserError
 from utils.figures import save_png
 
@@ -29,14 +31,14 @@ class Logger:
         Raises:
           UserError: wandb or tensorboardX was asked for and is not installed, or has no key.
         """
-        self.workdir, self.writes = pathlib.Path(workdir), jax.process_index() == 0
+        self.workdir, self.writes = files.place(workdir), jax.process_index() == 0
         self._failed = False
         self.wandb = self.tensorboard = None
         if not self.writes:
             return
         (self.workdir / "samples").mkdir(parents=True, exist_ok=True)
         self.path = self.workdir / "metrics.jsonl"
-        _truncate(self.path, start_step)
+        self._lines = _truncate(self.path, start_step)
         if config.wandb.mode != "disabled":
             self.wandb = _open_wandb(self.workdir, config)
         if config.tensorboard:
@@ -57,16 +59,23 @@ class Logger:
             return
         finite = {k: float(v) if np.isfinite(v) else None for k, v in values.items()}
         with self._lost_if_full():
-            # After a line that was cut, when a disk was full, a new one.
-            start = "\n" if self._failed else ""
-            with self.path.open("a") as file:
-                file.write(start + json.dumps({"step": step, **finite}) + "\n")
+            self._write(json.dumps({"step": step, **finite}) + "\n")
             self._failed = False
         if self.wandb:
             self.wandb.log(finite, step=step)
         if self.tensorboard:
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)
+
+    def _write(self, line: str) -> None:
+        if files.in_bucket(self.path):  # where nothing can be appended to
+            self._lines.append(line)
+            files.write(self.path, "".join(self._lines))
+            return
+        # After a line that was cut, when a disk was full, a new one.
+        start = "\n" if self._failed else ""
+        with self.path.open("a") as file:
+            file.write(start + line)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes an uint8 picture (height, width, channels) to samples/NAME_STEP.png."""
@@ -75,10 +84,10 @@ class Logger:
         path = self.workdir / "samples" / f"{name}_{step:07d}.png"
         with self._lost_if_full():
             save_png(path, image)
-        if self.wandb and path.exists():
+        if self.wandb:
             import wandb
 
-            self.wandb.log({name: wandb.Image(str(path))}, step=step)
+            self.wandb.log({name: wandb.Image(image)}, step=step)
         if self.tensorboard:
             self.tensorboard.add_image(name, image, step, dataformats="HWC")
 
@@ -131,13 +140,14 @@ def log_table(
     logged.finish()
 
 
-def _truncate(path: pathlib.Path, last_step: int) -> None:
-    """Drops the lines after `last_step`, and those cut in their middle."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(line for line in lines if _step_of(line) <= last_step))
-        part.replace(path)
+def _truncate(path: epath.Path, last_step: int) -> list[str]:
+    """Drops the lines after `last_step`, and those cut in their middle; returns the others."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) <= last_step]
+    files.write(path, "".join(kept))
+    return kept
 
 
 def _step_of(line: str) -> float:
@@ -148,7 +158,7 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _open_wandb(workdir: pathlib.Path, config: ConfigDict):
+def _open_wandb(workdir: os.PathLike, config: ConfigDict):
     try:
         import wandb
     except ImportError as error:
@@ -157,11 +167,11 @@ def _open_wandb(workdir: pathlib.Path, config: ConfigDict):
         ) from error
     try:
         return wandb.init(
-            dir=str(workdir),
+            dir=None if files.in_bucket(workdir) else str(workdir),  # its own files
             mode=config.wandb.mode,
             project=config.wandb.project,
             name=config.wandb.name or None,
-            id=_wandb_id(workdir),
+            id=_wandb_id(epath.Path(workdir)),
             resume="allow",
             config=config.to_dict(),
         )
@@ -169,7 +179,7 @@ def _open_wandb(workdir: pathlib.Path, config: ConfigDict):
         raise UserError(f"wandb: {error}; --wandb.mode=offline needs no account") from error
 
 
-def _wandb_id(workdir: pathlib.Path) -> str:
+def _wandb_id(workdir: epath.Path) -> str:
     """The run's id, made once and kept with the run, so that a resumed run goes on there too."""
     path = workdir / "wandb_id"
     if not path.exists():
@@ -177,7 +187,7 @@ def _wandb_id(workdir: pathlib.Path) -> str:
     return path.read_text()
 
 
-def _open_tensorboard(workdir: pathlib.Path):
+def _open_tensorboard(workdir: epath.Path):
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
