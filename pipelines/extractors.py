@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils
 
 from models import dinov2, inception, mobilenet
 from pipelines.pretrained import DAMAGE, FLOATS, PICKLES
+from utils import files
 from utils.cli import UserError
 from utils.log import progress
 from utils.sources import check_packed
@@ -308,15 +309,7 @@ def convert(source: pathlib.Path, to: pathlib.Path) -> None:
     if not named or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{source} is not a dict of tensors by name, as a state_dict is")
     arrays = {name: _array(tensor) for name, tensor in state.items()}
-    to.parent.mkdir(parents=True, exist_ok=True)
-    part = _beside(to, ".part")
-    try:
-        part.write_bytes(
-            safetensors.numpy.save(arrays)
-        )  # save_file makes what only the owner reads
-        part.replace(to)
-    finally:
-        part.unlink(missing_ok=True)
+    files.write(to, safetensors.numpy.save(arrays))  # save_file makes what only the owner reads
 
 
 def _array(tensor: Any) -> np.ndarray:

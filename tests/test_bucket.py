@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from pipelines.flow import FlowPipeline
+from pipelines.plan import Plan, checked
 from pipelines.runs import run_names
 from tests.bucket import Bucket
 from tests.forked import Commands, Done
@@ -183,13 +184,19 @@ def test_a_bucket_that_is_not_to_be_had_is_told_before_training(remote, word, st
 
 def test_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/me")
-    assert str(files.place("~/run")) == "/home/me/run"
+    monkeypatch.setenv("HOME", f"{tmp_path}/me")
+    assert str(files.place("~/run")) == f"{tmp_path}/me/run"
     assert str(files.place("run/../b")) == f"{tmp_path}/b"
     assert not files.in_bucket(files.place("a"))
     for wrong in ("gs:/bucket/run", "gs://", "gs:///run", "http://host/run"):
         with pytest.raises(UserError, match="gs://BUCKET/FOLDER"):
             files.place(wrong)
+
+
+def test_what_must_lie_here_says_so():
+    for name in ("out", "cache_dir", "data_dir", "autoencoder", "reference"):
+        with pytest.raises(UserError, match=f"--{name}=gs://b/f: name a folder of this machine"):
+            checked(Plan(workdir=("gs://b/run",), **{name: "gs://b/f"}))
 
 
 def test_without_a_client_it_is_named(monkeypatch):

@@ -93,18 +93,19 @@ def write(path: Path, content: str | bytes | Callable[[BinaryIO], Any]) -> None:
         except Exception as error:  # of many kinds
             raise OSError(_told(path, "written", error)) from error
         return
-    with beside(epath.Path(path)) as part, part.open("wb") as file:
+    with beside(path) as part, part.open("wb") as file:
         _fill(file, content)
 
 
 @contextlib.contextmanager
-def beside(path: epath.Path) -> Iterator[epath.Path]:
+def beside(path: Path) -> Iterator[epath.Path]:
     """A temporary name beside a local `path`, renamed to it where all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    to = epath.Path(path)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    part = to.with_name(f".{to.name}.{secrets.token_hex(4)}.part")
     try:
         yield part
-        part.replace(path)
+        part.replace(to)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

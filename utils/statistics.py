@@ -13,7 +13,6 @@ Ours are `mu`, `sigma`, `mu_s`, `sigma_s`, so that other tools read them, and `c
 import hashlib
 import json
 import os
-import secrets
 import struct
 import zipfile
 import zlib
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from utils import files
 from utils.cli import UserError
 from utils.fid import FeatureStats, Gaussian, blocks
 from utils.sources import check_packed
@@ -87,21 +87,15 @@ def write(
       features: (rows, d); written from block to block, so that a memory map stays one.
       about: see `Statistics`; plain values. `count` is added.
     """
-    path = Path(path)
     arrays: dict[str, Any] = {"mu": pool.mean, "sigma": pool.cov, "count": np.int64(pool.count)}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.cov}
     arrays["about"] = np.array(json.dumps({"count": int(pool.count)} | dict(about or {})))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
+    with files.beside(path) as part:
         with part.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
         if features is not None:
             _append(part, features)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _append(path: Path, features: np.ndarray) -> None:
