@@ -109,6 +109,7 @@ def test_any_one_file_of_the_newest_can_be_damaged(three, tmp_path, damage, caps
                 back += 1
                 checkpoints.save(3, parts(3))  # its place is free again
         assert files_of(folder, 2) == files_of(three, 2)
+    print(f"{len(names)} files {damage}: {back} times the one before")  # shown by pytest -rP
     assert back > len(names) // 3  # what is damaged matters
 
 

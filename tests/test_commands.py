@@ -121,7 +121,7 @@ def test_a_run_from_the_command_line(tmp_path):
     line = (
         f"train_flow.py --config=configs/toy.py:two_moons --workdir={tmp_path}/run --max_steps=4 "
         "--batch_size=16 --model.hidden_size=8 --log_interval=2 --wandb.mode=offline --tensorboard "
-        "--optimizer.warmup_steps=0"
+        "--optimizer.warmup_steps=0 --deterministic"
     )
     result = run(line)
     assert result.returncode == 0, result.stderr

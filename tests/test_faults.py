@@ -124,6 +124,7 @@ def test_twenty_kills_lose_no_checkpoint_and_only_the_steps_since_the_last(
         if after:
             whole = arrays(workdir)  # checksums and all
             assert int(whole["['train']['step']"]) == after[-1]
+    print(f"{trial + 1} kills, {inside} of them inside a save")  # shown by pytest -rP
     assert trial >= 12 and inside >= 4, (trial, inside)
     assert commands(words_for(workdir), ROOT).returncode == 0
     assert_same(arrays(workdir), uninterrupted)
