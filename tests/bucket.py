@@ -212,8 +212,9 @@ class _Handler(BaseHTTPRequestHandler):
                 b"--" + self.headers["Content-Type"].rpartition("boundary=")[2].strip('"').encode()
             )
             about, content = body.split(mark)[1:3]
-            name = json.loads(about.partition(b"\n\n")[2])["name"]
-            content = content.partition(b"\n\n")[2].removesuffix(b"\n")
+            name = json.loads(re.split(rb"\r?\n\r?\n", about, maxsplit=1)[1])["name"]
+            content = re.split(rb"\r?\n\r?\n", content, maxsplit=1)[1]
+            content = content.removesuffix(b"\n").removesuffix(b"\r")
             return self._json(self.bucket.put(name, content))
         held = self.bucket.objects.get(query["name"], (0, b""))[0]
         if int(query.get("ifGenerationMatch", held)) != held:
