@@ -19,12 +19,12 @@ usage: NAME=... ZONE=... [TYPE=...] sh scripts/tpu_pod.sh [--dry-run] COMMAND [A
   sh scripts/tpu_pod.sh create
   sh scripts/tpu_pod.sh install
   sh scripts/tpu_pod.sh train train_meanflow.py --config=configs/imagenet256.py:meanflow_xl2 \
-      --data_dir /mnt/data/imagenet256 --mesh.fsdp 4 --workdir=/mnt/data/runs/xl2
-  sh scripts/tpu_pod.sh eval --workdir=/mnt/data/runs/xl2 --steps=1,2,4 --out=/mnt/data/eval
+      --data_dir /mnt/data/imagenet256 --mesh.fsdp 4 --workdir=gs://bucket/runs/xl2
+  sh scripts/tpu_pod.sh eval --workdir=gs://bucket/runs/xl2 --steps=1,2,4 --out=/mnt/data/eval
   sh scripts/tpu_pod.sh log
 
-The hosts find each other by themselves. --workdir, --out and the data must lie where all of them
-see them, in a file system that is mounted on all. A command that was cut off is started again by
+The hosts find each other by themselves. --workdir must lie where all of them see it, in a bucket or
+in a file system that is mounted on all; --out and the data must lie in such a file system. A command that was cut off is started again by
 itself (scripts/again.sh), and goes on from its newest checkpoint; so it does on a new slice.
 
   --dry-run   prints the commands and runs nothing
@@ -127,7 +127,7 @@ command -v make >/dev/null || sudo apt-get install -y -q make
 python3 -m pip install --quiet --user uv
 PATH=$HOME/.local/bin:$PATH
 uv python install --quiet 3.12
-make setup EXTRAS=tpu PYTHON="$(uv python find 3.12)"'
+make setup EXTRAS=tpu,gcs PYTHON="$(uv python find 3.12)"'
 }
 
 # The words given, on all hosts, in the background.
