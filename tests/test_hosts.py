@@ -75,6 +75,8 @@ def main(_):
             raise cli.UserError("the disk of this host is full")
         if DO.value == "bug" and jax.process_index() == WHO.value:
             raise ZeroDivisionError("a bug")
+        if DO.value == "again" and jax.process_index() == WHO.value:
+            raise hosts.Again("this host cannot save: the same command goes on")
         while True:
             agreed(1)
             time.sleep(0.05)
@@ -230,6 +232,7 @@ def running(program: Program) -> None:
         ("mistake", 0, 2, "error: the disk of this host is full"),
         ("mistake", 1, 2, "error: the disk of this host is full"),
         ("bug", 1, 1, "ZeroDivisionError: a bug"),
+        ("again", 1, hosts.LOST, "this host cannot save: the same command goes on"),
     ],
 )
 def test_an_error_on_one_host_ends_all(tmp_path, what, who, status, line):
@@ -243,6 +246,33 @@ def test_an_error_on_one_host_ends_all(tmp_path, what, who, status, line):
         told = [text for text in own_lines(program.stderr(who)) if "told once" not in text]
         assert told == [line]
     assert "another host stopped or was lost" in program.stderr(1 - who).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (hosts.Again("a save failed on one host: the same command goes on"), 76, "a save failed"),
+        (ConnectionResetError(104, "Connection reset by peer"), 76, "another host stopped"),
+        (RuntimeError("Gloo allreduce failed: Connection closed by peer"), 76, "another host"),
+        (UserError("no such bucket: connection refused"), 2, "error: no such bucket"),
+        (FileNotFoundError(2, "No such file", "peer"), 2, "error: [Errno 2] No such file"),
+        (ZeroDivisionError("a bug"), None, ""),
+    ],
+)
+def test_what_ends_a_process_gives_a_line_and_a_status(capsys, error, status, line):
+    assert hosts._reported(error) == status
+    told = capsys.readouterr().err
+    assert told.startswith(line) and told.count("\n") == bool(line)
+
+
+def test_what_goes_on_ends_a_process_alone_with_the_status_of_a_lost_host(capsys):
+    def main():
+        raise hosts.Again("saving failed here: the same command goes on")
+
+    with pytest.raises(SystemExit) as stop:
+        hosts.ended(main)
+    assert stop.value.code == hosts.LOST
+    assert capsys.readouterr().err == "saving failed here: the same command goes on\n"
 
 
 def test_sigterm_ends_a_program_that_saves_nothing(tmp_path):

@@ -71,6 +71,14 @@ class Preempted(Exception):
         self.step = step
 
 
+class Again(Exception):
+    """What stops this process is not for ever: the same command goes on. The message is its line.
+
+    Where it ends a command the line is printed, and the exit status is `LOST`, of one process as of
+    several.
+    """
+
+
 class Preemption:
     """Notices SIGTERM; use it as a context, which restores the handler that was there.
 
@@ -298,7 +306,7 @@ def ended(main: Callable[[], None]) -> None:
     """Calls `main()`; what stops it is told to the other processes, where there are any.
 
     Raises:
-      SystemExit: with `PREEMPTED`, after a save.
+      SystemExit: with `PREEMPTED`, after a save, or with `LOST`, for `Again`.
     """
     try:
         main()
@@ -307,6 +315,10 @@ def ended(main: Callable[[], None]) -> None:
             print(stop, file=sys.stderr)
         _say(_TOLD)
         raise SystemExit(PREEMPTED) from stop
+    except Again as stop:
+        fail(stop)
+        print(stop, file=sys.stderr)
+        raise SystemExit(LOST) from stop
     except BaseException as error:
         fail(error)
         raise
@@ -323,10 +335,7 @@ def fail(error: BaseException, within: bool = False) -> None:
         return
     if within:
         print(file=sys.stderr)
-    status = cli.report(error)
-    if status is None and _by_another(error):
-        print(_LOST, file=sys.stderr)
-        status = LOST
+    status = _reported(error)
     if status is None:
         traceback.print_exception(error)
     for stream in (sys.stdout, sys.stderr):
@@ -334,6 +343,17 @@ def fail(error: BaseException, within: bool = False) -> None:
             stream.flush()
     _say(_TOLD)
     os._exit(1 if status is None else status)
+
+
+def _reported(error: BaseException) -> int | None:
+    """Says in one line what ended this process, and returns its status; None for bugs."""
+    if isinstance(error, Again):
+        print(error, file=sys.stderr)
+        return LOST
+    if not isinstance(error, UserError) and _by_another(error):  # before report takes OSError
+        print(_LOST, file=sys.stderr)
+        return LOST
+    return cli.report(error)
 
 
 def _leave_together() -> int:
@@ -357,9 +377,8 @@ def _say(word: bytes) -> None:
 def _by_another(error: BaseException | None) -> bool:
     """Whether an error is what a lost peer leaves: of XLA or of orbax, and about a connection."""
     while error is not None:
-        if isinstance(error, RuntimeError | ValueError | TimeoutError) and _BY_ANOTHER.search(
-            str(error)
-        ):
+        kinds = RuntimeError | ValueError | TimeoutError | ConnectionError
+        if isinstance(error, kinds) and _BY_ANOTHER.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
