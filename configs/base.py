@@ -34,7 +34,9 @@ def get_config() -> ConfigDict:
             "save_patience": 6.0,  # hours without a save that succeeds, until the run fails
             "keep_checkpoints": 2,  # the newest
             "keep_best": 1,  # beside them, those with the lowest best_metric
-            "best_metric": "",  # of an evaluation: self_consistency, fid_quick_2000/1_step; "": none
+            # Of an evaluation: fid_quick_2000/1_step say; "": none. self_consistency of MeanFlow
+            # serves ill: it rises from 0, where nothing is learnt yet, before it falls.
+            "best_metric": "",
             # Updates that are not finite are left out; after `skip_limit` in a row the run stops.
             "skip_limit": 10,
             "stall": 120.0,  # seconds without data or progress until a line says so

@@ -24,6 +24,7 @@ FREE = (
         "save_interval",
     ),
     *("save_patience", "keep_checkpoints", "keep_best", "best_metric", "skip_limit", "stall"),
+    *("accumulation", "optimizer.lr", "optimizer.clip_norm"),  # how a run is gone on with
     *("deterministic", "tensorboard", "model.remat", "model.unroll"),
     *("mesh.", "sample.", "fid.", "wandb."),
 )

@@ -3,6 +3,9 @@
 import functools
 import json
 import os
+import secrets
+import sys
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flows.consistency import self_consistency
@@ -23,8 +28,9 @@ from utils import data, files, flops
 from utils.cli import UserError, absolute, flatten
 from utils.feed import feed
 from utils.figures import grid
+from utils.hosts import Preemption
 from utils.log import Logger
-from utils.sharding import batch_sharding, make_mesh, replicated
+from utils.sharding import agreed, anywhere, batch_sharding, make_mesh, replicated
 from utils.step import EVALUATION, TrainState, stream
 from utils.train import check_batch, fit
 
@@ -38,12 +44,20 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
         number of samples that a device has in a microbatch.
     Raises:
       UserError: bad options, missing data, or a workdir that holds another run.
+      Preempted: it was asked to stop, and has saved.
     """
     build.check_ranges(config)
-    files.check_local(data_dir=config.data_dir, autoencoder=config.autoencoder)
-    files.reach(files.place(workdir))
     if config.deterministic:
         be_deterministic()
+    with Preemption() as preemption:  # from here on, before data is loaded and a step compiled
+        return _train(config, workdir, make_objective, preemption)
+
+
+def _train(
+    config: ConfigDict, workdir: str, make_objective: Callable, preemption: Preemption
+) -> TrainState:
+    files.check_local(data_dir=config.data_dir, autoencoder=config.autoencoder)
+    files.reach(files.place(workdir))
     dataset = data.load(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batch(config, mesh)
@@ -56,24 +70,20 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
     for key in ("data_dir", "autoencoder"):  # who reads the run may stand in another folder
         config[key] = absolute(config[key])
     path = files.place(workdir or f"runs/{config.dataset_name}/{config.objective}")
+    check_alike({"workdir": str(path), "data": dataset.identity, **flatten(config)})
     codec = build.autoencoder(config, dataset.shape, dataset.autoencoder)
     shape = build.latent_shape(codec, dataset.shape)
     network = build.network(config, shape, dataset.num_classes)
-    batches = feed(
-        dataset.train,
-        mesh,
-        cache=config.cache,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        flip=config.flip,
-    )
+    options = {key: config[key] for key in ("cache", "batch_size", "seed", "flip")}
+    batches = feed(dataset.train, mesh, **options)
     check_workdir(path, config, dataset.identity)
     card = make_card(config, dataset, shape, network, objective)
     pipeline = FlowPipeline.build(config, card, autoencoder=codec)
     pipeline.check(1, "", [config.sample.guidance])
-    evaluate = Evaluate(pipeline, dataset)  # before anything is written: it may lack weights
+    evaluate = Evaluate(pipeline, dataset, mesh)  # before anything is written: it may lack weights
     write_json(path / "config.json", config.to_dict())
     write_json(path / "card.json", card)
+    check_shared(path)
     return fit(
         config,
         network.apply,
@@ -83,6 +93,7 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
         batches=batches,
         encode=codec.sample,
         evaluate=evaluate,
+        preemption=preemption,
         workdir=path,
     )
 
@@ -90,13 +101,12 @@ def train(config: ConfigDict, workdir: str, make_objective: Callable) -> TrainSt
 class Evaluate:
     """Draws a grid per step count from the same noise, and measures what is asked for."""
 
-    def __init__(self, pipeline: FlowPipeline, dataset: data.Dataset):
-        """Keeps the pipeline, so that it compiles once."""
+    def __init__(self, pipeline: FlowPipeline, dataset: data.Dataset, mesh: Mesh):
+        """Keeps the pipeline, so that it compiles once; `mesh` is where the parameters lie."""
         self.pipeline, self.config = pipeline, pipeline.config
         self.decay = str(self.config.ema.decay)
         source = dataset.heldout if len(dataset.heldout) else dataset.train
         held = data.arrays(source, range(min(256, len(source))))
-        mesh = make_mesh()  # of several processes' devices, where there are several
         evenly = len(held["label"]) % mesh.size == 0
         self.held = jax.device_put(held, batch_sharding(mesh) if evenly else replicated(mesh))
         self.codec = jax.device_put(pipeline.autoencoder, replicated(mesh))
@@ -151,6 +161,44 @@ def check_best(config: ConfigDict) -> None:
     if name and name not in given and not (config.fid.num and quick in name):
         offers = " or ".join(given) or "none; --fid.num=2000 makes it give fid_quick_2000/1_step"
         raise UserError(f"best_metric={name!r}: an evaluation of this run gives {offers}")
+
+
+def check_alike(options: dict[str, Any]) -> None:
+    """Raises UserError, on all processes, where they were given different options or data.
+
+    Where the data lies may differ.
+    """
+    names = sorted(options.keys() - {"data_dir", "autoencoder"})
+    words = [json.dumps(options[name], default=str).encode() for name in names]
+    if jax.process_count() == 1:
+        return
+    sums = np.array([zlib.crc32(word) for word in words], np.uint32)
+    given = multihost_utils.process_allgather(sums)
+    if other := [name for name, row in zip(names, given.T, strict=True) if len(set(row)) > 1]:
+        mine = ", ".join(f"--{name}={options[name]}" for name in other[:3])
+        raise UserError(
+            f"the processes have different options, here {mine}: give all of them the same"
+        )
+    if jax.process_index() == 0:
+        print(f"{jax.process_count()} processes, {jax.device_count()} devices", file=sys.stderr)
+
+
+def check_shared(path: epath.Path) -> None:
+    """Raises UserError, on all processes, where they do not all see the same folder."""
+    if jax.process_count() == 1:
+        return
+    token = path / f".seen_by_all_{agreed(secrets.randbits(30))}"
+    if jax.process_index() == 0:
+        files.write(token, "")
+    agreed(0)  # all wait until it is there
+    missing = anywhere(not token.exists())
+    if jax.process_index() == 0:
+        token.unlink()
+    if missing:
+        raise UserError(
+            f"--workdir={path} is another folder on another host: name one that all hosts see, on "
+            "a shared disk or gs://BUCKET/FOLDER"
+        )
 
 
 def be_deterministic() -> None:

@@ -19,7 +19,7 @@ from tests.test_checkpoint import needs_small_disks
 from utils.checkpoint import Checkpoints, check
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS, INTERVAL = 400, 10
+STEPS, INTERVAL = 600, 10
 WORDS = [
     *("train_meanflow.py", "--config=configs/toy.py:two_moons", "--batch_size=64"),
     *("--model.hidden_size=64", "--model.depth=2", "--optimizer.warmup_steps=0"),
@@ -112,11 +112,9 @@ def test_twenty_kills_lose_no_checkpoint_and_only_the_steps_since_the_last(
             return last_line(workdir) not in (0, seen)
 
         when, delay = (
-            (half_written, rng.uniform(0, 0.03)) if during else (goes_on, rng.random() / 4)
+            (half_written, rng.uniform(0, 0.03)) if during else (goes_on, rng.random() / 20)
         )
         result, there = struck(commands, workdir, signal.SIGKILL, when, delay)
-        if result.returncode == 0:
-            break  # it was done before
         assert result.returncode == -signal.SIGKILL, result.stderr
         inside += half_written()
         after = saved_steps(workdir)
@@ -124,8 +122,8 @@ def test_twenty_kills_lose_no_checkpoint_and_only_the_steps_since_the_last(
         if after:
             whole = arrays(workdir)  # checksums and all
             assert int(whole["['train']['step']"]) == after[-1]
-    print(f"{trial + 1} kills, {inside} of them inside a save")  # shown by pytest -rP
-    assert trial >= 12 and inside >= 4, (trial, inside)
+    print(f"20 kills, {inside} of them inside a save")  # shown by pytest -rP
+    assert inside >= 4
     assert commands(words_for(workdir), ROOT).returncode == 0
     assert_same(arrays(workdir), uninterrupted)
     lines = (workdir / "metrics.jsonl").read_text().splitlines()

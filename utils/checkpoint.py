@@ -24,7 +24,8 @@ from orbax.checkpoint import v1 as ocp
 
 from utils import files
 from utils.cli import UserError
-from utils.sharding import agreed, anywhere
+from utils.hosts import Again
+from utils.sharding import agreed, anywhere, gathered
 
 CHECKSUMS = "checksums"
 DAMAGED = "damaged"  # the folder beside `checkpoints` for those that cannot be read
@@ -53,11 +54,11 @@ class Checkpoints:
           workdir: a folder, or gs://BUCKET/FOLDER, that all processes share.
           keep: the newest ones to keep.
           keep_best: those with the lowest score, kept beside them.
-          patience: seconds without a save that succeeds, after which `save` raises.
+          patience: seconds after a failed save within which one must succeed, or `save` raises.
         """
         self.path = files.place(workdir) / "checkpoints"
         self._keep, self._keep_best = keep, keep_best
-        self._patience, self._succeeded = patience, time.monotonic()
+        self._patience, self._failing_since = patience, float("inf")
         self._saving: tuple[int, Any] | None = None  # a step and its save on the way
         try:
             self._orbax = self._open()
@@ -88,9 +89,15 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.settle()
-        self._orbax.close()
+    def __exit__(self, kind: type | None, *_) -> None:
+        try:
+            self.settle()
+        except UserError:  # the error on its way tells more
+            if kind is None:
+                raise
+        finally:
+            with contextlib.suppress(Exception):  # what `settle` has told
+                self._orbax.close()
 
     @property
     def latest(self) -> int | None:
@@ -151,20 +158,25 @@ class Checkpoints:
         )
 
     def settle(self) -> str:
-        """Waits for the save on its way; returns why it failed, or an empty string."""
+        """Waits for the save on its way; returns why it failed, or an empty string.
+
+        Raises:
+          UserError: no save has succeeded for `patience` seconds.
+          Again: it failed on some processes and not on all.
+        """
         if self._saving is None:
             return ""
         (step, response), self._saving = self._saving, None
-        reason = _failure(response)
-        if not anywhere(bool(reason)):
-            self._succeeded = time.monotonic()
+        reason = _outcome(step, response)
+        if not reason:
+            self._failing_since = float("inf")
             return ""
-        reason = reason or "on another host"
+        self._failing_since = min(self._failing_since, time.monotonic())
         self._report(f"checkpoint {step} could not be saved ({reason})")
         with contextlib.suppress(Exception):  # the same once more
             self._orbax.close()
         self._orbax = self._open()  # removes what is half written
-        if time.monotonic() - self._succeeded > self._patience:
+        if time.monotonic() - self._failing_since > self._patience:
             last = f"the last is of step {self.latest}" if self.steps else "there is none yet"
             raise UserError(
                 f"no checkpoint could be saved for {self._patience / 3600:g} hours ({reason}), "
@@ -173,7 +185,7 @@ class Checkpoints:
         return reason
 
     def restore(self, parts: dict[str, Any], step: int | None = None) -> dict[str, Any]:
-        """Returns the named parts of `step` (default: the newest).
+        """Returns the named parts of `step` (default: the newest); all processes call it alike.
 
         Args:
           parts: {name: tree of `jax.ShapeDtypeStruct`}, whose shardings say where arrays go. A part
@@ -182,14 +194,21 @@ class Checkpoints:
           UserError: there is no such checkpoint, or it is damaged or of another network.
         """
         step = self.latest if step is None else step
+        reason, loaded, stored = "", None, None
         try:
             with _alone():
                 loaded = self._orbax.load_checkpointables(step, parts)
                 stored = self._orbax.checkpointables_metadata(step).custom_metadata
-            check(stored, loaded)
-            return loaded
         except Exception as error:  # orbax raises many kinds for a damaged folder
             reason = _reason(error)
+        if anywhere(bool(reason)):  # before all of them compute checksums together
+            reason = reason or "on another host"
+        else:
+            try:
+                check(stored, loaded or {})
+                return loaded or {}
+            except (ValueError, KeyError, TypeError) as error:
+                reason = _reason(error)
         _collect()
         raise UserError(
             f"checkpoint {self.path / str(step)} cannot be read ({reason}): "
@@ -204,21 +223,25 @@ class Checkpoints:
         """
         damaged: dict[int, UserError] = {}
         for step in reversed(self.steps):
-            loaded, failure = None, None
             try:
                 loaded = self.restore(parts, step)
             except UserError as error:
-                failure = error
-            if not anywhere(failure is not None):
-                for bad in damaged:
-                    self._set_aside(bad)
-                if damaged:
-                    self._orbax.reload()
-                    self._report(f"going on from checkpoint {step}")
-                return loaded or {}
-            damaged[step] = failure or UserError(f"checkpoint {step} cannot be read elsewhere")
-        _, told = max(damaged.items())
-        raise UserError(f"none of {len(damaged)} checkpoints can be read: {told}")
+                damaged[step] = error
+                continue
+            for bad in damaged:
+                self._set_aside(bad)
+            if damaged:
+                self._orbax.reload()
+                self._report(f"going on from checkpoint {step}")
+            return loaded
+        newest = max(damaged)
+        if len(damaged) == 1:
+            raise damaged[newest]
+        reason = str(damaged[newest]).partition(": if it")[0]
+        raise UserError(
+            f"none of {len(damaged)} checkpoints can be read: {reason}; put back a copy of one, or "
+            "name another --workdir"
+        )
 
     def _set_unlisted_aside(self) -> bool:
         """Moves those away that keep all from being listed; says whether there were any."""
@@ -296,15 +319,40 @@ def _listed(path: epath.Path) -> bool:
         return False
 
 
-def _failure(response: Any) -> str:
-    """Why a save failed, or an empty string."""
+PENDING, DONE, FAILED = range(3)  # how a save stands on one process
+
+
+def _outcome(step: int, response: Any) -> str:
+    """Waits for a save on all processes; why it failed, or an empty string.
+
+    Raises:
+      Again: it failed on some processes and not on all, where the others would wait for long.
+    """
+    while True:
+        state, reason = _state(response)
+        states = gathered(state)
+        if all(state == DONE for state in states):
+            return ""
+        if all(state == FAILED for state in states):
+            return reason
+        if FAILED in states:
+            reason = reason or f"on host {states.index(FAILED)}"
+            raise Again(
+                f"checkpoint {step} could not be saved ({reason}): the same command goes on"
+            )
+
+
+def _state(response: Any) -> tuple[int, str]:
+    """How a save stands after a second at most, where others may wait for us; and why it failed."""
     if isinstance(response, Exception):
-        return _reason(response)
+        return FAILED, _reason(response)
     try:
-        response.result()
-        return ""
-    except Exception as error:
-        return _reason(error)
+        response.result(timeout=1.0 if jax.process_count() > 1 else None)
+        return DONE, ""
+    except TimeoutError:
+        return PENDING, ""
+    except Exception as error:  # orbax raises many kinds where a disk fails it
+        return FAILED, _reason(error)
 
 
 def _reason(error: Exception) -> str:
@@ -313,7 +361,7 @@ def _reason(error: Exception) -> str:
     for told in ("No space left on device", "Permission denied", "Disk quota exceeded"):
         if told in line:
             return told
-    return line[:200]
+    return line[:120]
 
 
 def _collect() -> None:

@@ -56,12 +56,16 @@ def feed(
         "shard": (jax.process_index(), hosts),
     }
 
+    @functools.cache  # one cache, however often batches are asked for
+    def kept() -> Any:
+        return on_devices(source, mesh, flip) if cache == "device" else in_memory(source, flip)
+
     def from_step(start: int) -> Iterator[dict[str, Array]]:
         if cache == "device":
-            lookup = on_devices(source, mesh, flip)
+            lookup = kept()
             numbers = data.batches(_Numbers(source), start_step=start, **options)
             yield from ahead(lookup(to_global(mesh, batch)) for batch in numbers)
-        items = in_memory(source, flip) if cache == "host" else source
+        items = kept() if cache == "host" else source
         host = data.batches(items, start_step=start, **options)
         yield from ahead(to_global(mesh, batch) for batch in host)
 

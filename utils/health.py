@@ -67,11 +67,12 @@ class Watchdog:
             self._watched = None
 
     def _run(self) -> None:
-        told = 0
+        told, last = 0, None
         while not self._stop.wait(self._seconds / 8):
             watched = self._watched
+            if watched is not last:
+                told, last = 0, watched
             if watched is None:
-                told = 0
                 continue
             passed = time.monotonic() - watched[1]
             if passed > (told + 1) * self._seconds:
@@ -89,29 +90,27 @@ def describe(
     values: dict[str, float],
     norms: np.ndarray,
     names: list[str],
-    x: Any,
 ) -> dict[str, Any]:
     """What was not finite in a step, for whoever looks for the reason.
 
     Args:
       norms: (leaves,) of the gradient, by leaf of the parameters; names: those leaves'.
-      x: the batch's items (batch, …), a global array.
     """
     bad = np.flatnonzero(~np.isfinite(norms))
-    first = (step - 1) * batch_size
     return {
         "step": step,
         "loss": repr(values["loss"]),
         "grad_norm": repr(values["grad_norm"]),
         "gradients_not_finite": [names[i] for i in bad],
-        "samples_consumed_before": first,
-        "samples_not_finite": [first + int(i) for i in np.flatnonzero(~_finite(x))],
+        "samples_consumed_before": (step - 1) * batch_size,
     }
 
 
-def _finite(x: Any) -> np.ndarray:
-    """Which items (n,) are finite; whole numbers are."""
+def not_finite(batch: dict[str, jax.Array]) -> list[int]:
+    """The places in the global batch of items that are not finite; whole numbers are."""
+    x = batch["x"]
     if not jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
-        return np.ones(x.shape[0], bool)
-    rows = jax.jit(lambda x: jax.numpy.isfinite(x).all(axis=range(1, x.ndim)))(x)
-    return np.asarray(fetch(rows))
+        return []
+    finite = jax.jit(lambda x: jax.numpy.isfinite(x).all(axis=range(1, x.ndim)))(x)
+    rows, position = fetch((finite, batch["position"]))
+    return sorted(np.asarray(position)[~np.asarray(rows)].tolist())

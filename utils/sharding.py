@@ -168,8 +168,13 @@ def agreed(value: Number) -> Number:
     return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value, kind)))
 
 
+def gathered(value: int) -> list[int]:
+    """What each process says, by its number, on every process; all processes call it alike."""
+    if jax.process_count() == 1:
+        return [value]
+    return multihost_utils.process_allgather(np.asarray(value, np.int32)).tolist()
+
+
 def anywhere(flag: bool) -> bool:
     """Whether any process says so, on every process; all processes call it alike."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+    return any(gathered(int(flag)))

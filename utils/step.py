@@ -69,8 +69,8 @@ def make_step(
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """Returns the jitted step (state, batch) → (state, metrics); the state given is used up.
 
-    An update whose loss or gradient is not finite is left out: the state stays as it is but for
-    `step`, which moves on, so that the next batch is another one.
+    An update that is not finite, or whose loss or gradient is not, is left out: the state stays as
+    it is but for `step`, which moves on, so that the next batch is another one.
 
     Args:
       encode: (moments, keys (n,)) → x.
@@ -95,8 +95,9 @@ def make_step(
         metrics = {name: total / count for name, (total, count) in metrics.items()}
         norms = jnp.stack([optax.tree.norm(leaf) for leaf in jax.tree.leaves(grads)])
         norm = optax.tree.norm(norms)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        told = jnp.stack([metrics["loss"], norm, optax.tree.norm(updates)])
+        finite = jnp.isfinite(told).all()
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, state.step, config.ema.start_step)
         new = TrainState(state.step + 1, params, ema, opt_state)
@@ -104,7 +105,7 @@ def make_step(
         metrics |= {
             "grad_norm": norm,
             "leaf_norms": norms,
-            "lr": jnp.asarray(schedule(new.step - 1)),
+            "lr": jnp.asarray(schedule(updates_before(state.opt_state))),
             "skipped": (~finite).astype(jnp.float32),
         }
         state = dataclasses.replace(state, step=new.step)
@@ -116,6 +117,13 @@ def make_step(
 def _with_loss(result: tuple[Array, dict]) -> tuple[Array, dict]:
     loss, metrics = result
     return loss, {**metrics, "loss": (loss, jnp.ones_like(loss))}
+
+
+def updates_before(opt_state: Any) -> Array:
+    """How many updates the optimizer has made, () int32: steps left out do not count."""
+    return optax.tree.get(
+        opt_state, "count", filtering=lambda path, _: "ScaleByScheduleState" in str(path[-1])
+    )
 
 
 def microbatches(batch: dict, count: int) -> dict:

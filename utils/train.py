@@ -13,14 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from utils import files
 from utils.checkpoint import Checkpoints
 from utils.cli import UserError
-from utils.health import Spikes, Watchdog, describe
+from utils.health import Spikes, Watchdog, describe, not_finite
 from utils.hosts import Preempted, Preemption
 from utils.log import Logger, progress
 from utils.sharding import abstract_state, agreed, born_sharded
@@ -39,6 +39,7 @@ def fit(
     batches: Callable[[int], Iterator[dict[str, Array]]],
     encode: Callable,
     evaluate: Evaluation,
+    preemption: Preemption,
     workdir: str | os.PathLike,
 ) -> TrainState:
     """Trains until `config.max_steps`, continuing from the newest checkpoint in `workdir`.
@@ -53,6 +54,7 @@ def fit(
       batches: start step → endless batches {x, label, position} over the mesh, `utils.feed.feed`.
       encode: (moments, keys) → x.
       evaluate: (state, logger) → metrics, called every `config.eval_interval` steps and at the end.
+      preemption: says whether to stop; entered already.
     Raises:
       UserError: no checkpoint that can be read, none that can be written, updates not finite.
       Preempted: it was asked to stop, and has saved.
@@ -63,31 +65,50 @@ def fit(
         state = start(config, init, mesh, checkpoints)
         first = int(state.step) + 1
         data = batches(first - 1)
-        logger, meter = Logger(workdir, config, first - 1), Meter(config, first - 1)
-        with logger, meter, Preemption() as preemption:
+        with Logger(workdir, config, first - 1) as logger, Meter(config, first - 1) as meter:
             for number in range(first, config.max_steps + 1):
                 with meter.waiting(number):
                     batch = next(data)
                 state, metrics = step(state, batch)
                 meter.add(number, metrics)
                 stop, last = preemption.reached(number), number == config.max_steps
-                score = None
                 if last or number % config.log_interval == 0:
-                    logger.scalars(number, meter.flush())
-                for spike in meter.take_spikes():
-                    logger.scalars(*spike)
-                if last or (number % config.eval_interval == 0 and not stop):
-                    score = agreed_score(config, evaluate(state, logger))
-                if last or stop or number % config.save_interval == 0 or score is not None:
+                    means = meter.flush()
+                    for spike in meter.take_spikes():
+                        logger.scalars(*spike)
+                    logger.scalars(number, means)
+                evaluates = last or (number % config.eval_interval == 0 and not stop)
+                ranked = evaluates and config.best_metric
+                score = agreed_score(config, evaluate(state, logger)) if ranked else None
+                due = number % config.save_interval == 0
+                if due or last or stop:
                     meter.settle()
-                    position = {"samples_consumed": number * config.batch_size}
-                    save = checkpoints.save_now if last or stop else checkpoints.save
-                    save(number, checkpoint_parts(state), score, **position)
+                # Parameters that give nothing finite may be lost: older checkpoints stay.
+                if last or stop or ranked or (due and not meter.in_a_row):
+                    with meter.watching("the save before this one has been running"):
+                        save(checkpoints, config, state, number, score, wait=last or stop)
+                if evaluates and not ranked:
+                    evaluate(state, logger)
                 if meter.in_a_row >= config.skip_limit:
                     raise stopped(config, meter, state, batches, workdir)
                 if stop and not last:
                     raise Preempted(number)
     return state
+
+
+def save(
+    checkpoints: Checkpoints,
+    config: ConfigDict,
+    state: TrainState,
+    number: int,
+    score: float | None,
+    *,
+    wait: bool,
+) -> None:
+    """Saves the state after step `number`; with `wait`, until it lies there."""
+    position = {"samples_consumed": number * config.batch_size}
+    save = checkpoints.save_now if wait else checkpoints.save
+    save(number, checkpoint_parts(state), score, **position)
 
 
 def start(
@@ -182,6 +203,10 @@ class Meter:
             self._found.append((number, spike))
             self._tell(f"step {number} has a spike: ", values)
 
+    def watching(self, what: str) -> contextlib.AbstractContextManager:
+        """Says so in a line where what happens inside takes long."""
+        return self._watchdog.watch(what)
+
     def take_spikes(self) -> list[tuple[int, dict[str, float]]]:
         """Returns (step, what to log) of the spikes since the last call."""
         spikes, self._found = self._found, []
@@ -221,18 +246,21 @@ def stopped(
     number, values, norms = meter.last
     paths = jax.tree_util.tree_flatten_with_path(state.params)[0]
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-    x = next(batches(number - 1))["x"]
-    report = describe(number, config.batch_size, values, norms, names, x)
-    place = epath.Path(workdir) / "nonfinite.json"
+    report = describe(number, config.batch_size, values, norms, names)
+    tensors, first = report["gradients_not_finite"], report["samples_consumed_before"]
+    samples = [first + place for place in not_finite(next(batches(number - 1)))]
+    report |= {"samples_not_finite": samples, "in_a_row": meter.in_a_row}
+    place = files.place(workdir) / "nonfinite.json"
     if jax.process_index() == 0:
-        place.write_text(json.dumps({**report, "in_a_row": meter.in_a_row}, indent=2))
-    tensors, samples = report["gradients_not_finite"], report["samples_not_finite"]
-    where = f"gradients of {len(tensors)} of {len(names)} tensors, {', '.join(tensors[:2])} first"
-    where = f"samples {samples[:3]} of the data" if samples else where if tensors else "the loss"
+        files.write(place, json.dumps(report, indent=2))
+    where = f"the gradients of {len(tensors)} of {len(names)} tensors" if tensors else "the loss"
+    mend = "lower --optimizer.lr, or set --optimizer.clip_norm=1"
+    if samples:
+        where, mend = f"samples {samples[:3]} of the data", "mend the data"
     return UserError(
-        f"{meter.in_a_row} steps in a row up to {number} were not finite ({where}; all of it in "
-        f"{place}): lower --optimizer.lr or set --optimizer.clip_norm=1; the last checkpoint is "
-        "intact"
+        f"{meter.in_a_row} steps in a row up to {number} were not finite ({where}; more in "
+        f"{place}): {mend}; the same command then goes on from the last checkpoint, which is as it "
+        "was; where that one is no better, move it away for the one before"
     )
 
 
@@ -244,11 +272,11 @@ def agreed_score(config: ConfigDict, metrics: dict[str, float]) -> float | None:
     """
     if not config.best_metric:
         return None
-    score = agreed(metrics.get(config.best_metric, float("nan")))
-    if np.isnan(score):
+    if not agreed(int(config.best_metric in metrics)):
         names = ", ".join(metrics) or "none"
         raise UserError(f"best_metric={config.best_metric}: evaluations give {names}")
-    return score
+    score = agreed(float(metrics.get(config.best_metric, 0.0)))
+    return score if np.isfinite(score) else None
 
 
 def _finite_mean(values: list[float]) -> float:
