@@ -283,6 +283,66 @@ def test_sigterm_ends_a_program_that_saves_nothing(tmp_path):
         assert program.ends(0) == hosts.LOST, program.told()
 
 
+# A parent and its worker, without JAX.
+WAITS = """
+import os, time
+from utils import hosts
+hosts._attend(hosts.Hosts())
+print("runs", os.environ.get(hosts._LINE), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_parent_hands_signals_on_and_its_worker_no_line_to_children(number):
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout and parent.stdout.readline() == "runs None\n"
+        parent.send_signal(number)  # to it alone
+        assert parent.wait(20) == 128 + number
+
+
+def test_a_signal_before_the_worker_runs_is_handed_on(monkeypatch):
+    sent = []
+
+    class Worker:
+        def __init__(self, *_, **__):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def send_signal(self, number):
+            sent.append(number)
+
+        def wait(self):
+            return -signal.SIGTERM
+
+    monkeypatch.setattr(subprocess, "Popen", Worker)
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert hosts._wait_for_worker(hosts.Hosts()) == 128 + signal.SIGTERM
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+    assert sent == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "expected", "line"),
+    [
+        (0, b"jJ", 0, ""),
+        (2, b"jJT", 2, ""),
+        (3, b"jJ", 3, ""),  # sys.exit(3) is no lost host
+        (-signal.SIGABRT, b"jJ", hosts.LOST, "SIGABRT, mostly because another host stopped"),
+        (-signal.SIGSEGV, b"jJ", 128 + signal.SIGSEGV, "ended by SIGSEGV"),
+        (-signal.SIGABRT, b"j", 2, "not all of the expected processes met"),
+    ],
+)
+def test_what_became_of_a_worker_is_explained(capsys, status, said, expected, line):
+    assert hosts._explained(hosts.Hosts(), status, said) == expected
+    told = capsys.readouterr().err
+    assert line in told and bool(told) == bool(line)
+
+
 def test_a_worker_ends_with_its_parent(tmp_path):
     with sums(tmp_path) as program:
         running(program)

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,7 @@ PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, the same command goes on
 LOST = 76  # EX_PROTOCOL: another host stopped or was lost, the same command goes on
 _SHUTDOWN = 3600  # seconds to wait at the end for those still at work; a lost one ends it before
 _LINE = "FLOW_HOSTS_LINE"  # the worker's end of the line to its parent, a file descriptor
+_parent: socket.socket | None = None  # that line, in a worker
 _JOINING, _JOINED, _TOLD = b"j", b"J", b"T"  # what the worker says on it
 _LOST = "another host stopped or was lost: the same command, on all hosts, goes on"
 _BY_ANOTHER = re.compile(
@@ -96,10 +98,12 @@ class Preemption:
         self._handles = self._alone and threading.current_thread() is threading.main_thread()
         if self._handles:
             self._old = signal.signal(signal.SIGTERM, self._tell)
+        if jax.process_index() > 0:
+            _hush()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
-        if error is not None and not isinstance(error, Preempted):
+        if error is not None and not self._alone and not isinstance(error, Preempted):
             fail(error, within=True)  # the contexts around this one may wait for the others
         if self._handles:  # a handler that is not Python's is None, and lost
             signal.signal(signal.SIGTERM, self._old or signal.SIG_DFL)
@@ -145,9 +149,8 @@ def join(options: Hosts, *, saves: bool = False) -> None:
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(_unjoined(options, error)) from error
     _say(_JOINED)
-    if _rank(options):  # one process speaks; of the others only errors are heard
-        warnings.simplefilter("ignore")
-        logging.set_verbosity(logging.ERROR)
+    if _rank(options):
+        _hush()
 
 
 def first() -> bool:
@@ -207,9 +210,18 @@ def _number(variable: str) -> int:
 
 
 def _rank(options: Hosts) -> int:
-    """This process's number, as far as it is known without touching a device; else 0."""
+    """This process's number, as far as it is known without touching a device; else 0.
+
+    Hosts of TPU pods may know theirs from Google's metadata alone; `Preemption` asks JAX.
+    """
     variables = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
     return options.process_id if options.coordinator else max(map(_number, variables))
+
+
+def _hush() -> None:
+    """One process speaks; of the others only errors are heard."""
+    warnings.simplefilter("ignore")
+    logging.set_verbosity(logging.ERROR)
 
 
 def _on_tpu_pod() -> bool:
@@ -244,12 +256,15 @@ def _unreachable(options: Hosts) -> str:
 
 def _attend(options: Hosts) -> None:
     """Makes a process without a parent one; the worker ends when its parent does."""
+    global _parent
     if _LINE not in os.environ:
         sys.exit(_wait_for_worker(options))
     if not os.environ.get("PYTHONFAULTHANDLER"):
         faulthandler.disable()  # absl's: pages of threads where XLA ends what lost its peers
-    line = socket.socket(fileno=int(os.environ[_LINE]))
-    line.set_inheritable(False)  # to what the worker starts
+    _parent = line = socket.socket(fileno=int(os.environ.pop(_LINE)))
+    line.set_inheritable(False)  # to what the worker starts, nor the variable
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _Interrupted())
 
     def end_with_parent() -> None:
         with contextlib.suppress(OSError):
@@ -259,9 +274,33 @@ def _attend(options: Hosts) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+class _Interrupted:
+    """Takes SIGINT once where it comes twice: from the terminal, and by the parent."""
+
+    def __init__(self) -> None:
+        self._last = float("-inf")
+
+    def __call__(self, *_) -> None:
+        before, self._last = self._last, time.monotonic()
+        if self._last - before > 1:
+            raise KeyboardInterrupt
+
+
 def _wait_for_worker(options: Hosts) -> int:
     """Runs this command again as the worker, and returns the status to exit with."""
     ours, theirs = socket.socketpair()
+    workers: list[subprocess.Popen] = []
+    early: list[int] = []  # signals before there is a worker
+
+    def forward(number: int, _) -> None:
+        if not workers:
+            early.append(number)
+        for worker in workers:
+            worker.send_signal(number)
+
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(kind) != signal.SIG_IGN:  # as of what a script runs in the background
+            signal.signal(kind, forward)
     quiet = {"TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2")}
     worker = subprocess.Popen(
         [sys.executable, *sys.orig_argv[1:]],
@@ -269,12 +308,13 @@ def _wait_for_worker(options: Hosts) -> int:
         pass_fds=(theirs.fileno(),),
     )
     theirs.close()
-    signal.signal(signal.SIGTERM, lambda *_: worker.send_signal(signal.SIGTERM))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the worker too
+    workers.append(worker)
+    for number in early:
+        worker.send_signal(number)
     status = worker.wait()
     ours.setblocking(False)
     said = b""
-    with contextlib.suppress(BlockingIOError, ConnectionError):
+    with ours, contextlib.suppress(BlockingIOError, ConnectionError):
         said = ours.recv(64)
     return _explained(options, status, said)
 
@@ -285,15 +325,16 @@ def _explained(options: Hosts, status: int, said: bytes) -> int:
         return status
     if status in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
         return 128 - status
+    if status == -signal.SIGABRT and _JOINED in said:  # XLA's threads end a worker so
+        line = f"this process was ended by SIGABRT, mostly because {_LOST}"
+        print(f"\n{line}", file=sys.stderr)  # a bar of progress may stand in the line before
+        return LOST
     if status in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS):
         name = signal.Signals(-status).name
         why = ", mostly for lack of memory" if status == -signal.SIGKILL else ""
         print(f"error: this process was ended by {name}{why}", file=sys.stderr)
         return 128 - status
-    if _JOINED in said:
-        print(f"\n{_LOST}", file=sys.stderr)  # a bar of progress may stand in this line
-        return LOST
-    if _JOINING in said:
+    if _JOINING in said and _JOINED not in said:
         print(f"error: {_unreachable(options)}", file=sys.stderr)
         return 2
     return status if status > 0 else 128 - status
@@ -331,7 +372,7 @@ def fail(error: BaseException, within: bool = False) -> None:
     Args:
       within: whether a bar of progress may stand in the line before.
     """
-    if _LINE not in os.environ or isinstance(error, SystemExit):
+    if _parent is None or isinstance(error, SystemExit):
         return
     if within:
         print(file=sys.stderr)
@@ -358,7 +399,7 @@ def _reported(error: BaseException) -> int | None:
 
 def _leave_together() -> int:
     """Waits until all processes are done; returns the number of this one."""
-    if _LINE not in os.environ:
+    if _parent is None:
         return 0
     import jax
 
@@ -369,9 +410,9 @@ def _leave_together() -> int:
 
 def _say(word: bytes) -> None:
     """Tells the parent, where there is one."""
-    if _LINE in os.environ:
+    if _parent is not None:
         with contextlib.suppress(OSError):
-            os.write(int(os.environ[_LINE]), word)
+            _parent.send(word)
 
 
 def _by_another(error: BaseException | None) -> bool:
