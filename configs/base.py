@@ -30,16 +30,7 @@ def get_config() -> ConfigDict:
             "max_steps": 100_000,
             "log_interval": 100,  # steps
             "eval_interval": 10_000,  # steps; sample grids and self-consistency
-            "save_interval": 5_000,  # steps
-            "save_patience": 6.0,  # hours without a save that succeeds, until the run fails
-            "keep_checkpoints": 2,  # the newest
-            "keep_best": 1,  # beside them, those with the lowest best_metric
-            # Of an evaluation: fid_quick_2000/1_step say; "": none. self_consistency of MeanFlow
-            # serves ill: it rises from 0, where nothing is learnt yet, before it falls.
-            "best_metric": "",
-            # Updates that are not finite are left out; after `skip_limit` in a row the run stops.
-            "skip_limit": 10,
-            "stall": 120.0,  # seconds without data or progress until a line says so
+            **_keeping(),
             "deterministic": False,  # bit for bit on GPUs too, slower; on CPU and TPU always
             "objective": "",  # set by the training script
             "model": _model(),
@@ -70,6 +61,22 @@ def get_config() -> ConfigDict:
             "tensorboard": False,
         }
     )
+
+
+def _keeping() -> dict:
+    """What is saved, and when a run is not well."""
+    return {
+        "save_interval": 5_000,  # steps
+        "save_patience": 6.0,  # hours without a save that succeeds, until the run fails
+        "keep_checkpoints": 2,  # the newest
+        "keep_best": 1,  # beside them, those with the lowest best_metric
+        # Of an evaluation: fid_quick_2000/1_step say; "": none. self_consistency of MeanFlow
+        # serves ill: it rises from 0, where nothing is learnt yet, before it falls.
+        "best_metric": "",
+        # Updates that are not finite are left out; after `skip_limit` in a row the run stops.
+        "skip_limit": 10,
+        "stall": 120.0,  # seconds without data or progress until a line says so
+    }
 
 
 def _model() -> dict:

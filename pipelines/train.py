@@ -31,7 +31,7 @@ from utils.figures import grid
 from utils.hosts import Preemption
 from utils.log import Logger
 from utils.sharding import agreed, anywhere, batch_sharding, make_mesh, replicated
-from utils.step import EVALUATION, TrainState, stream
+from utils.step import EVALUATION, TrainState, make_step, stream
 from utils.train import check_batch, fit
 
 
@@ -86,12 +86,10 @@ def _train(
     check_shared(path)
     return fit(
         config,
-        network.apply,
-        objective,
+        make_step(config, network.apply, objective, codec.sample, mesh),
         mesh=mesh,
         init=network.init,
         batches=batches,
-        encode=codec.sample,
         evaluate=evaluate,
         preemption=preemption,
         workdir=path,

@@ -24,20 +24,18 @@ from utils.health import Spikes, Watchdog, describe, not_finite
 from utils.hosts import Preempted, Preemption
 from utils.log import Logger, progress
 from utils.sharding import abstract_state, agreed, born_sharded
-from utils.step import Objective, TrainState, init_state, make_step
+from utils.step import TrainState, init_state
 
 Evaluation = Callable[[TrainState, Logger], dict[str, float]]
 
 
 def fit(
     config: ConfigDict,
-    network: Callable,
-    objective: Objective,
+    step: Callable[[TrainState, dict], tuple[TrainState, dict]],
     *,
     mesh: Mesh,
     init: Callable[[Array], Any],
     batches: Callable[[int], Iterator[dict[str, Array]]],
-    encode: Callable,
     evaluate: Evaluation,
     preemption: Preemption,
     workdir: str | os.PathLike,
@@ -48,18 +46,15 @@ def fit(
     row the run stops. On SIGTERM it saves and stops.
 
     Args:
-      network: (params, z, r, t, label, dropout_keys) → u.
-      mesh: the devices, `make_mesh`.
+      step: `make_step` over `mesh`.
       init: key → parameters.
       batches: start step → endless batches {x, label, position} over the mesh, `utils.feed.feed`.
-      encode: (moments, keys) → x.
       evaluate: (state, logger) → metrics, called every `config.eval_interval` steps and at the end.
       preemption: says whether to stop; entered already.
     Raises:
       UserError: no checkpoint that can be read, none that can be written, updates not finite.
       Preempted: it was asked to stop, and has saved.
     """
-    step = make_step(config, network, objective, encode, mesh)
     keep = {"keep": config.keep_checkpoints, "keep_best": config.keep_best}
     with Checkpoints(workdir, patience=3600 * config.save_patience, **keep) as checkpoints:
         state = start(config, init, mesh, checkpoints)
@@ -73,18 +68,11 @@ def fit(
                 meter.add(number, metrics)
                 stop, last = preemption.reached(number), number == config.max_steps
                 if last or number % config.log_interval == 0:
-                    means = meter.flush()
-                    for spike in meter.take_spikes():
-                        logger.scalars(*spike)
-                    logger.scalars(number, means)
+                    log(logger, number, meter)
                 evaluates = last or (number % config.eval_interval == 0 and not stop)
                 ranked = evaluates and config.best_metric
                 score = agreed_score(config, evaluate(state, logger)) if ranked else None
-                due = number % config.save_interval == 0
-                if due or last or stop:
-                    meter.settle()
-                # Parameters that give nothing finite may be lost: older checkpoints stay.
-                if last or stop or ranked or (due and not meter.in_a_row):
+                if last or stop or ranked or due(config, number, meter):
                     with meter.watching("the save before this one has been running"):
                         save(checkpoints, config, state, number, score, wait=last or stop)
                 if evaluates and not ranked:
@@ -94,6 +82,26 @@ def fit(
                 if stop and not last:
                     raise Preempted(number)
     return state
+
+
+def log(logger: Logger, number: int, meter: "Meter") -> None:
+    """Writes what has been measured since the last time."""
+    means = meter.flush()
+    for spike in meter.take_spikes():
+        logger.scalars(*spike)
+    logger.scalars(number, means)
+
+
+def due(config: ConfigDict, number: int, meter: "Meter") -> bool:
+    """Whether the state after step `number` is to be saved for its number.
+
+    Not where updates are being left out: parameters that give nothing finite may be lost, and older
+    checkpoints stay.
+    """
+    if number % config.save_interval:
+        return False
+    meter.settle()
+    return not meter.in_a_row
 
 
 def save(
@@ -236,7 +244,7 @@ class Meter:
 
 def stopped(
     config: ConfigDict,
-    meter: Meter,
+    meter: "Meter",
     state: TrainState,
     batches: Callable[[int], Iterator[dict[str, Array]]],
     workdir: str | os.PathLike,
