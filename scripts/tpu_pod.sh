@@ -24,8 +24,9 @@ usage: NAME=... ZONE=... [TYPE=...] sh scripts/tpu_pod.sh [--dry-run] COMMAND [A
   sh scripts/tpu_pod.sh log
 
 The hosts find each other by themselves. --workdir must lie where all of them see it, in a bucket or
-in a file system that is mounted on all; --out and the data must lie in such a file system. A command that was cut off is started again by
-itself (scripts/again.sh), and goes on from its newest checkpoint; so it does on a new slice.
+in a file system that is mounted on all; --out and the data must lie in such a file system. One
+command runs at a time. One that was cut off is started again by itself (scripts/again.sh), and goes
+on from its newest checkpoint; so it does on a new slice.
 
   --dry-run   prints the commands and runs nothing
 
@@ -134,7 +135,9 @@ make setup EXTRAS=tpu,gcs PYTHON="$(uv python find 3.12)"'
 launch() {
     words=''
     for word; do words="$words $(quoted "$word")"; done
-    everywhere "cd flow && { nohup sh scripts/again.sh .venv/bin/python$words >>flow.log 2>&1 </dev/null & echo \$! >flow.pid; }"
+    # shellcheck disable=SC2016 # the hosts' shells expand it
+    alone='if grep -aqs again.sh "/proc/$(cat flow.pid 2>/dev/null)/cmdline"; then echo "tpu_pod: a command runs on this host: stop it first" >&2; exit 2; fi'
+    everywhere "cd flow && { $alone; nohup sh scripts/again.sh .venv/bin/python$words >>flow.log 2>&1 </dev/null & echo \$! >flow.pid; }"
 }
 
 case $command in

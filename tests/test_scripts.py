@@ -116,14 +116,29 @@ def test_a_command_is_run_again_where_it_says_so(tmp_path, statuses, status, sta
     assert calls(tmp_path, "command") == [["a b", "--c=*"]] * starts
 
 
-def test_sigterm_reaches_the_command_and_ends_both(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_reaches_the_command_and_ends_both(tmp_path, number):
     body = "trap 'exit 75' TERM; touch \"$0.runs\"; while :; do sleep 0.05; done"
     command = fake(tmp_path, "command", body)
     process = subprocess.Popen(["sh", "scripts/again.sh", str(command)], cwd=ROOT)
     while not (tmp_path / "command.runs").exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(20) == 75
+    assert len(calls(tmp_path, "command")) == 1
+
+
+def test_sigterm_in_the_pause_ends_it(tmp_path):
+    command = fake(tmp_path, "command", "exit 76")
+    with subprocess.Popen(
+        ["sh", "scripts/again.sh", str(command)],
+        cwd=ROOT,
+        env=os.environ | {"WAIT": "1"},
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stderr and b"starting it again" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 76
     assert len(calls(tmp_path, "command")) == 1
 
 
@@ -158,17 +173,33 @@ JOB = {"SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": "py"}
 
 
 @pytest.mark.parametrize(
-    ("status", "requeued"), [(0, False), (1, False), (2, False), (75, True), (76, False)]
+    ("status", "environment", "requeued"),
+    [
+        (0, {}, False),
+        (1, {}, False),
+        (2, {}, False),
+        (75, {}, True),
+        (75, {"SLURM_RESTART_COUNT": "99"}, True),
+        (75, {"SLURM_RESTART_COUNT": "100"}, False),
+        (75, {"SLURM_RESTART_COUNT": "3", "REQUEUES": "3"}, False),
+        (76, {}, False),  # at once: a mistake of one host
+        (76, {"REQUEUE_AFTER": "0"}, True),
+        (76, {"REQUEUE_AFTER": "0", "SLURM_RESTART_COUNT": "100"}, False),
+    ],
 )
-def test_training_is_requeued_when_it_has_saved_and_only_then(tmp_path, status, requeued):
+def test_training_is_requeued_when_it_goes_on(tmp_path, status, environment, requeued):
     fake(tmp_path, "srun", f"exit {status}")
     fake(tmp_path, "scontrol")
-    done = run("slurm_train", *TRAIN, **JOB, **on_path(tmp_path))
+    done = run("slurm_train", *TRAIN, **JOB | environment, **on_path(tmp_path))
     assert done.returncode == status, done.stderr
     (command,) = calls(tmp_path, "srun")
     assert command == ["--kill-on-bad-exit=0", "py", *TRAIN]
     assert calls(tmp_path, "scontrol") == [["requeue", "77"]] * requeued
-    parsed(command[2:])
+
+
+def test_training_on_slurm_is_a_command_line_of_ours(tmp_path):
+    shown = run("slurm_train", "--dry-run", *TRAIN[:2], PYTHON="py").stdout.split()
+    parsed(shown[3:])
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (2, False), (143, True)])
@@ -308,6 +339,25 @@ def test_a_pod_runs_our_command_on_every_host(tmp_path, words, command):
     assert calls(place, "python") == [command]
     assert int((home / "flow/flow.pid").read_text()) > 1
     parsed(command)
+
+
+def test_a_pod_runs_one_command_at_a_time(tmp_path):
+    home = tmp_path / "home"
+    (home / "flow/scripts").mkdir(parents=True)
+    (home / "flow/.venv/bin").mkdir(parents=True)
+    python = fake(home / "flow/.venv/bin", "python", 'until [ -e "$0.stop" ]; do sleep 0.05; done')
+    shutil.copy(ROOT / "scripts/again.sh", home / "flow/scripts")
+    remote = f'--command=*) cd "{home}"; sh -c "${{word#--command=}}" || exit;;'
+    fake(tmp_path, "gcloud", f"for word; do case $word in {remote} esac; done")
+    words, surroundings = ["train", *TRAIN], POD | on_path(tmp_path)
+    assert run("tpu_pod", *words, **surroundings).returncode == 0
+    again = run("tpu_pod", *words, **surroundings)
+    assert again.returncode == 2 and "a command runs" in again.stderr
+    (python.parent / "python.stop").touch()
+    place = pathlib.Path("/proc", (home / "flow/flow.pid").read_text().strip(), "cmdline")
+    while place.exists() and place.read_text():
+        time.sleep(0.05)
+    assert run("tpu_pod", *words, **surroundings).returncode == 0  # it has ended
 
 
 def test_a_pod_gets_what_git_has_and_its_packages(tmp_path):
