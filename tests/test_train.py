@@ -270,3 +270,17 @@ def test_the_learning_rate_is_reached_with_and_without_warm_up(schedule, warmup)
     assert float(rate(warmup)) == pytest.approx(0.01)
     end = 0.01 if schedule == "constant" else 0.0
     assert float(rate(config.max_steps)) == pytest.approx(end, abs=1e-9)
+
+
+def test_an_evaluation_takes_parameters_from_a_mesh_in_any_order(tmp_path, monkeypatch):
+    """A TPU slice's devices lie in another order in a mesh of 4 × 4 than in one of 16 × 1."""
+
+    def turned(data=-1, fsdp=1, devices=None):
+        return make_mesh(2, 4, jax.devices()[::-1])
+
+    monkeypatch.setattr("pipelines.train.make_mesh", turned)
+    monkeypatch.setattr(sharding, "SMALLEST", 1)
+    run(tmp_path, 20)
+    lines = [json.loads(s) for s in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["self_consistency"] > 0
+    assert (tmp_path / "samples" / "steps_1_0000020.png").exists()
