@@ -168,7 +168,10 @@ class Program(NamedTuple):
 def sizes(config: ConfigDict) -> tuple[tuple[int, ...], int]:
     """The shape of what is stored, and the number of classes."""
     if config.dataset_name not in CLASSES or not config.image_size:
-        raise UserError(f"dataset_name={config.dataset_name}: of {', '.join(CLASSES)}")
+        raise UserError(
+            f"dataset_name={config.dataset_name}: of {', '.join(CLASSES)}; give "
+            "--config=configs/imagenet256.py:meanflow_b4 or the like"
+        )
     side = config.image_size
     stored = (side // 8, side // 8, 8) if config.use_stable_vae else (side, side, 3)
     return stored, CLASSES[config.dataset_name]
@@ -269,7 +272,17 @@ def measure(what: str, config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     """Compiles a program; returns what there is to say, as JSON holds it."""
     program, start = PROGRAMS[what](config, mesh), time.monotonic()
     arguments = (*program.arguments.values(), *program.static)
-    compiled = program.function.lower(*arguments).compile()
+    print(f"compiling the {what} for {TOPOLOGY.value}, which may take minutes", file=sys.stderr)
+    try:
+        compiled = program.function.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        told = str(error).partition("\n")[0]
+        if "RESOURCE_EXHAUSTED" not in told:
+            raise
+        raise UserError(
+            f"the {what} does not fit ({told}): more chips, a larger --mesh.fsdp, --model.remat, or "
+            "--accumulation=2"
+        ) from error
     seconds = time.monotonic() - start
     kind, devices = TOPOLOGY.value.partition(":")[0], mesh.devices.ravel()
     chips = len({tuple(d.coords) for d in devices}) if kind in CHIPS else len(devices)

@@ -4,6 +4,12 @@
 set -eu
 cd "$(dirname "$0")/.."
 
+if [ $# -gt 0 ]; then
+    echo "usage: [PYTHON=python3.12] sh scripts/setup.sh   # makes .venv, 1.5 GB; \`make\` calls it"
+    [ "$1" = --help ] || [ "$1" = -h ] || exit 2
+    exit 0
+fi
+
 fail() {
     echo "setup: $*" >&2
     exit 1
