@@ -283,6 +283,65 @@ def test_sigterm_ends_a_program_that_saves_nothing(tmp_path):
         assert program.ends(0) == hosts.LOST, program.told()
 
 
+# Two processes meet a folder that they do not share, and a chunk that one of them cannot read.
+FAULTS = """
+import os, pathlib
+from utils import cli, hosts
+cli.define_flags(hosts.Hosts)
+OUT = cli.flags.DEFINE_string("out", "", "folder")
+def main(_):
+    hosts.join(cli.read_flags(hosts.Hosts), saves=True)
+    import jax, jax.numpy as jnp
+    from etils import epath
+    from pipelines.train import check_shared
+    from utils.checkpoint import Checkpoints
+    from utils.sharding import abstract_state, agreed, born_sharded, make_mesh
+    me, mesh, out = jax.process_index(), make_mesh(1, 2), pathlib.Path(OUT.value)
+
+    def told(call, *given):
+        try:
+            return call(*given)
+        except cli.UserError as error:
+            print(error)
+
+    for folder in (out / f"of_{me}", out):
+        folder.mkdir(exist_ok=True)
+        told(check_shared, epath.Path(folder))
+
+    def init(number):
+        return {"w": number + jax.random.normal(jax.random.key(0), (256, 512))}
+
+    parts = {"train": abstract_state(lambda: init(0), mesh)}
+    with hosts.Preemption(), Checkpoints(out, keep=9) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save_now(step, {"train": born_sharded(lambda: init(step), mesh)})
+        if me == 1:
+            chunks = (out / "checkpoints" / "2").glob("**/ocdbt.process_1/d/*")
+            os.truncate(max(chunks, key=lambda path: path.stat().st_size), 1000)
+        agreed(0)
+        told(checkpoints.restore, parts, 2)
+        w = checkpoints.restore_newest(parts)["train"]["w"]
+        print("back at", round(float(jnp.mean(w))), "of", checkpoints.steps, flush=True)
+cli.run(main)
+"""
+
+
+def test_what_fails_on_one_host_holds_up_no_other(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    with Program(["-c", FAULTS, f"--out={out}"], tmp_path, 2) as program:
+        assert [program.ends(i) for i in range(2)] == [0, 0], program.told()
+    for i in range(2):
+        lines = (tmp_path / f"stdout_{i}").read_text().splitlines()
+        shared, damage, back = lines[-3:]  # Gloo's come first
+        assert f"of_{i} is another folder on another host" in shared
+        assert "checkpoints/2 cannot be read" in damage
+        assert ("on another host" in damage) == (i == 0)
+        assert back == "back at 1 of (1,)"
+    assert "checkpoint 2 is damaged: moved to" in program.stderr(0)
+    assert saved(out) == [1]
+
+
 # A parent and its worker, without JAX.
 WAITS = """
 import os, time
@@ -330,7 +389,8 @@ def test_a_signal_before_the_worker_runs_is_handed_on(monkeypatch):
     ("status", "said", "expected", "line"),
     [
         (0, b"jJ", 0, ""),
-        (2, b"jJT", 2, ""),
+        (2, b"jJT\2", 2, ""),
+        (-signal.SIGABRT, b"jJT\2", 2, ""),  # after its line
         (3, b"jJ", 3, ""),  # sys.exit(3) is no lost host
         (-signal.SIGABRT, b"jJ", hosts.LOST, "SIGABRT, mostly because another host stopped"),
         (-signal.SIGSEGV, b"jJ", 128 + signal.SIGSEGV, "ended by SIGSEGV"),

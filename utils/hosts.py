@@ -32,7 +32,7 @@ LOST = 76  # EX_PROTOCOL: another host stopped or was lost, the same command goe
 _SHUTDOWN = 3600  # seconds to wait at the end for those still at work; a lost one ends it before
 _LINE = "FLOW_HOSTS_LINE"  # the worker's end of the line to its parent, a file descriptor
 _parent: socket.socket | None = None  # that line, in a worker
-_JOINING, _JOINED, _TOLD = b"j", b"J", b"T"  # what the worker says on it
+_JOINING, _JOINED, _TOLD = b"j", b"J", b"T"  # what the worker says on it; then its status
 _LOST = "another host stopped or was lost: the same command, on all hosts, goes on"
 _BY_ANOTHER = re.compile(
     r"gloo|nccl|coordination|heartbeat|connection (reset|closed|refused)|socket closed|"
@@ -321,8 +321,9 @@ def _wait_for_worker(options: Hosts) -> int:
 
 def _explained(options: Hosts, status: int, said: bytes) -> int:
     """The exit status for what became of the worker; with a line, where it could not say it."""
-    if status == 0 or _TOLD in said:
-        return status
+    _, told, final = said.partition(_TOLD)
+    if status == 0 or told:
+        return final[0] if final else status
     if status in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
         return 128 - status
     if status == -signal.SIGABRT and _JOINED in said:  # XLA's threads end a worker so
@@ -354,7 +355,7 @@ def ended(main: Callable[[], None]) -> None:
     except Preempted as stop:
         if _leave_together() == 0:
             print(stop, file=sys.stderr)
-        _say(_TOLD)
+        _say(_TOLD + bytes([PREEMPTED]))
         raise SystemExit(PREEMPTED) from stop
     except Again as stop:
         fail(stop)
@@ -382,8 +383,11 @@ def fail(error: BaseException, within: bool = False) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    _say(_TOLD)
-    os._exit(1 if status is None else status)
+    status = 1 if status is None else status
+    _say(_TOLD + bytes([status]))
+    if status != LOST or isinstance(error, Again):
+        time.sleep(1)  # others may be about to say the same, and without process 0 XLA ends them
+    os._exit(status)
 
 
 def _reported(error: BaseException) -> int | None:
