@@ -280,8 +280,8 @@ def measure(what: str, config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in told:
             raise
         raise UserError(
-            f"the {what} does not fit ({told}): more chips, a larger --mesh.fsdp, --model.remat, or "
-            "--accumulation=2"
+            f"the {what} does not fit ({told}): more chips, a larger --mesh.fsdp, --model.remat, "
+            "or --accumulation=2"
         ) from error
     seconds = time.monotonic() - start
     kind, devices = TOPOLOGY.value.partition(":")[0], mesh.devices.ravel()

@@ -283,9 +283,10 @@ def test_sigterm_ends_a_program_that_saves_nothing(tmp_path):
         assert program.ends(0) == hosts.LOST, program.told()
 
 
-# Two processes meet a folder that they do not share, and a chunk that one of them cannot read.
+# Two processes meet a folder that they do not share, a chunk that one of them cannot read, and a
+# disk that is full for one of them.
 FAULTS = """
-import os, pathlib
+import os, pathlib, resource
 from utils import cli, hosts
 cli.define_flags(hosts.Hosts)
 OUT = cli.flags.DEFINE_string("out", "", "folder")
@@ -322,6 +323,11 @@ def main(_):
         told(checkpoints.restore, parts, 2)
         w = checkpoints.restore_newest(parts)["train"]["w"]
         print("back at", round(float(jnp.mean(w))), "of", checkpoints.steps, flush=True)
+        if me == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        checkpoints.save(3, {"train": born_sharded(lambda: init(3), mesh)})
+        print("saving", flush=True)
+        checkpoints.settle()
 cli.run(main)
 """
 
@@ -330,14 +336,19 @@ def test_what_fails_on_one_host_holds_up_no_other(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     with Program(["-c", FAULTS, f"--out={out}"], tmp_path, 2) as program:
-        assert [program.ends(i) for i in range(2)] == [0, 0], program.told()
-    for i in range(2):
-        lines = (tmp_path / f"stdout_{i}").read_text().splitlines()
-        shared, damage, back = lines[-3:]  # Gloo's come first
+        stdouts = [tmp_path / f"stdout_{i}" for i in range(2)]
+        program.until(lambda: all("saving" in path.read_text() for path in stdouts))
+        start = time.monotonic()
+        assert [program.ends(i, 40) for i in range(2)] == [hosts.LOST] * 2, program.told()
+        print(f"ended {time.monotonic() - start:.1f} s after the save began")
+    for i, path in enumerate(stdouts):
+        shared, damage, back, _ = path.read_text().splitlines()[-4:]  # Gloo's come first
         assert f"of_{i} is another folder on another host" in shared
         assert "checkpoints/2 cannot be read" in damage
         assert ("on another host" in damage) == (i == 0)
         assert back == "back at 1 of (1,)"
+        last = own_lines(program.stderr(i))[-1]
+        assert last.startswith("checkpoint 3 could not be saved") and "the same command" in last
     assert "checkpoint 2 is damaged: moved to" in program.stderr(0)
     assert saved(out) == [1]
 

@@ -24,15 +24,31 @@ from orbax.checkpoint import v1 as ocp
 
 from utils import files
 from utils.cli import UserError
-from utils.hosts import Again
+from utils.hosts import Again, Preempted
 from utils.sharding import agreed, anywhere, gathered
 
 CHECKSUMS = "checksums"
 DAMAGED = "damaged"  # the folder beside `checkpoints` for those that cannot be read
 
+_failed: list[str] = []  # why the save on its way fails, once orbax logs it
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Keeps orbax's lines from the log, and notes the failure of a save in the background.
+
+    On several processes orbax raises that error when all of them have met, which they do not where
+    one has failed: after 20 minutes. Its log has it at once.
+    """
+    if "orbax" not in record.pathname:
+        return True
+    if record.pathname.endswith("async_checkpointer.py") and record.exc_info:
+        _failed.append(_reason(record.exc_info[1] or "unknown"))
+    return False
+
+
 # Of what orbax raises it logs the traceback too, and asyncio what it left undone; we say it once.
 for name in ("absl", "root"):
-    logging.getLogger(name).addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger(name).addFilter(_not_of_orbax)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 warnings.filterwarnings("ignore", "Sharding info not provided", UserWarning)
@@ -90,14 +106,17 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
+        if kind not in (None, Preempted) and jax.process_count() > 1:
+            return  # the others may wait for us elsewhere, and we for them here
         try:
             self.settle()
+        except Again:  # closing waits for the others
+            raise
         except UserError:  # the error on its way tells more
             if kind is None:
                 raise
-        finally:
-            with contextlib.suppress(Exception):  # what `settle` has told
-                self._orbax.close()
+        with contextlib.suppress(Exception):  # what `settle` has told
+            self._orbax.close()
 
     @property
     def latest(self) -> int | None:
@@ -133,6 +152,7 @@ class Checkpoints:
             return
         metadata[CHECKSUMS] = checksums(parts)
         metrics = None if score is None else {"score": score}
+        _failed.clear()
         try:
             response = self._orbax.save_checkpointables_async(
                 step, parts, metrics=metrics, custom_metadata=metadata
@@ -320,6 +340,7 @@ def _listed(path: epath.Path) -> bool:
 
 
 PENDING, DONE, FAILED = range(3)  # how a save stands on one process
+GRACE = 5  # seconds after which a save that failed on one process fails on all, or will not
 
 
 def _outcome(step: int, response: Any) -> str:
@@ -328,6 +349,7 @@ def _outcome(step: int, response: Any) -> str:
     Raises:
       Again: it failed on some processes and not on all, where the others would wait for long.
     """
+    grace = GRACE
     while True:
         state, reason = _state(response)
         states = gathered(state)
@@ -335,7 +357,8 @@ def _outcome(step: int, response: Any) -> str:
             return ""
         if all(state == FAILED for state in states):
             return reason
-        if FAILED in states:
+        grace -= FAILED in states
+        if not grace:
             reason = reason or f"on host {states.index(FAILED)}"
             raise Again(
                 f"checkpoint {step} could not be saved ({reason}): the same command goes on"
@@ -350,12 +373,12 @@ def _state(response: Any) -> tuple[int, str]:
         response.result(timeout=1.0 if jax.process_count() > 1 else None)
         return DONE, ""
     except TimeoutError:
-        return PENDING, ""
+        return (FAILED, _failed[-1]) if _failed else (PENDING, "")
     except Exception as error:  # orbax raises many kinds where a disk fails it
         return FAILED, _reason(error)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException | str) -> str:
     """One short line; of a failed write, the system's own words."""
     line = str(error).partition("\n")[0] or type(error).__name__
     for told in ("No space left on device", "Permission denied", "Disk quota exceeded"):

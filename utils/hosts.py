@@ -170,6 +170,8 @@ def arguments(options: Hosts) -> dict[str, Any] | None:
         if getattr(options, name) < 1:
             raise UserError(f"--{name}={getattr(options, name)}: seconds, at least 1")
     given = (options.coordinator, options.num_processes, options.process_id)
+    if options.distributed == "off" and given != ("", 0, -1):
+        raise UserError("--distributed=off is one process: leave --coordinator and the others out")
     if options.distributed == "off":
         return None
     if given != ("", 0, -1):
