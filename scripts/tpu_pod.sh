@@ -134,6 +134,7 @@ make setup EXTRAS=tpu,gcs PYTHON="$(uv python find 3.12)"'
 # The words given, on all hosts, in the background.
 launch() {
     words=''
+    for word; do [ "$word" != --dry-run ] || fail "--dry-run comes first: tpu_pod.sh --dry-run ..."; done
     for word; do words="$words $(quoted "$word")"; done
     # shellcheck disable=SC2016 # the hosts' shells expand it
     alone='if grep -aqs again.sh "/proc/$(cat flow.pid 2>/dev/null)/cmdline"; then echo "tpu_pod: a command runs on this host: stop it first" >&2; exit 2; fi'
