@@ -51,7 +51,7 @@ oracles: $(venv) ## parity with torch implementations; installs torch and others
 topologies: $(venv) ## what crosses between a TPU's chips, by its compiler; installs 700 MB into .venv
 	@$(py) -c "import libtpu" 2>/dev/null || $(py) -m pip install \
 	    --disable-pip-version-check -c requirements.txt -e ".[tpu]"
-	$(py) -m pytest -n 0 tests/test_compile.py
+	TOPOLOGIES=1 $(py) -m pytest -n 0 tests/test_compile.py -k "v5e"
 
 lint: $(venv) ## ruff and mypy
 	$(py) -m ruff check .

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
 SECONDS = 120.0  # of one command
-CACHE = {  # what one command compiles, the next does not
+SURROUNDINGS = {  # what one command compiles, the next does not; Python keeps nothing of configs
+    "PYTHONDONTWRITEBYTECODE": "1",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax_forked"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -40,7 +41,7 @@ class Commands:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked"],
             cwd=ROOT,
-            env=os.environ | CACHE,
+            env=os.environ | SURROUNDINGS,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -130,7 +130,7 @@ def test_a_batch_with_nan_costs_its_own_update(tmp_path, monkeypatch, capsys):
 
 def test_batches_with_nan_from_a_step_on_stop_with_the_samples_named(tmp_path, monkeypatch):
     objective = build.mean_flow_objective
-    config = points(max_steps=40, skip_limit=3, save_interval=1, keep_checkpoints=2)
+    config = points(max_steps=12, skip_limit=3, save_interval=1, keep_checkpoints=2)
     with monkeypatch.context() as patch:
         patch.setattr(data, "batches", damaged(range(7, 99)))
         with pytest.raises(UserError, match=r"3 steps in a row up to 9 .*samples \[131, 133\]"):

@@ -175,7 +175,7 @@ MISTAKES = [
         },
         r"prepared with --dataset_name=folder, which decides",
     ),
-    ({"use_stable_vae": 2}, r"use_stable_vae=2: 1 for latents, 0 for pixels"),
+    ({"use_stable_vae": 2}, r"use_stable_vae=2: give --use_stable_vae=0 or 1"),
     ({"image_size": 32}, r"was prepared at 16 pixels, not 32: give --image_size=16"),
     ({"autoencoder": "other"}, r"made by another autoencoder \(fingerprint \w+\) than .*other"),
     ({"autoencoder": "wider"}, r"made by another autoencoder \(fingerprint \w+\) than .*wider"),

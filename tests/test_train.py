@@ -64,7 +64,6 @@ def relative_distance(a, b) -> float:
 @pytest.mark.parametrize(
     "other",
     [
-        {"devices": 8},
         {"devices": 1, "remat": True},
         {"devices": 1, "accumulation": 4},
         {"devices": 8, "remat": True, "accumulation": 4, "fsdp": 4},
@@ -73,6 +72,7 @@ def relative_distance(a, b) -> float:
 )
 @pytest.mark.parametrize("objective", ["flow_matching", "mean_flow"])
 def test_twenty_steps_do_not_depend_on_how_they_are_computed(objective, other, monkeypatch):
+    """tests/test_sharding.py has the devices alone."""
     monkeypatch.setattr(sharding, "SMALLEST", 1)  # so that fsdp splits even these arrays
     errors, params = twenty_steps(objective, 1)
     other_errors, other_params = twenty_steps(objective, **other)
