@@ -166,10 +166,10 @@ def check_alike(options: dict[str, Any]) -> None:
 
     Where the data lies may differ.
     """
-    names = sorted(options.keys() - {"data_dir", "autoencoder"})
-    words = [json.dumps(options[name], default=str).encode() for name in names]
     if jax.process_count() == 1:
         return
+    names = sorted(options.keys() - {"data_dir", "autoencoder"})
+    words = [json.dumps(options[name], default=str).encode() for name in names]
     sums = np.array([zlib.crc32(word) for word in words], np.uint32)
     given = multihost_utils.process_allgather(sums)
     if other := [name for name, row in zip(names, given.T, strict=True) if len(set(row)) > 1]:

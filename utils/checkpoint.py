@@ -109,9 +109,7 @@ class Checkpoints:
         if kind not in (None, Preempted) and jax.process_count() > 1:
             return  # the others may wait for us elsewhere, and we for them here
         try:
-            self.settle()
-        except Again:  # closing waits for the others
-            raise
+            self.settle()  # Again passes by: closing would wait for the others
         except UserError:  # the error on its way tells more
             if kind is None:
                 raise
@@ -292,7 +290,11 @@ def checksums(parts: dict[str, Any]) -> dict[str, dict[str, int]]:
     The same for the same array on any mesh: Σᵢ (2i + 1) wᵢ modulo 2³², i the place in row-major
     order and wᵢ the bits of the value. One changed value always changes it.
     """
-    return {name: dict(_named(jax.device_get(_sums(part)))) for name, part in parts.items()}
+    sums = jax.device_get({name: _sums(part) for name, part in parts.items()})
+    return {
+        name: {path: int(number) for path, number in named_leaves(part)}
+        for name, part in sums.items()
+    }
 
 
 def check(stored: Any, parts: dict[str, Any]) -> None:
@@ -323,9 +325,10 @@ def _sums(tree: Any) -> Any:
     return jax.tree.map(of, tree)
 
 
-def _named(tree: Any) -> Iterator[tuple[str, int]]:
+def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """(name, leaf) of a tree, as ("blocks.mlp.in.kernel", array)."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        yield jax.tree_util.keystr(path, simple=True, separator="."), int(leaf)
+        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
 def _listed(path: epath.Path) -> bool:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from utils import files
-from utils.checkpoint import Checkpoints
+from utils.checkpoint import Checkpoints, named_leaves
 from utils.cli import UserError
 from utils.health import Spikes, Watchdog, describe, not_finite
 from utils.hosts import Preempted, Preemption
@@ -252,8 +252,7 @@ def stopped(
     """Writes what was not finite to nonfinite.json; returns the error to stop with."""
     assert meter.last is not None
     number, values, norms = meter.last
-    paths = jax.tree_util.tree_flatten_with_path(state.params)[0]
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+    names = [name for name, _ in named_leaves(state.params)]
     report = describe(number, config.batch_size, values, norms, names)
     tensors, first = report["gradients_not_finite"], report["samples_consumed_before"]
     samples = [first + place for place in not_finite(next(batches(number - 1)))]
