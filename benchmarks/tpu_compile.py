@@ -4,7 +4,8 @@
     python benchmarks/tpu_compile.py --topology=v5e:2x2 \\
         --config=configs/imagenet256.py:meanflow_b4 --mesh.fsdp=4
     python benchmarks/tpu_compile.py --topology=v5e:8x8 --what=step,sampler,decoder,inception \\
-        --config=configs/imagenet256.py:meanflow_xl2 --mesh.fsdp=8 --model.remat --json=out.jsonl
+        --config=configs/imagenet256.py:meanflow_xl2 --mesh.fsdp=8 --model.remat=full \\
+        --json=out.jsonl
     python benchmarks/tpu_compile.py --topology=cpu:8 --config=configs/imagenet256.py:meanflow_b4
     python benchmarks/tpu_compile.py --table=out.jsonl    # the table of docs/devices.md
 
@@ -22,7 +23,7 @@ data) for a topology of devices that are not there, and prints, per chip:
 Topologies are GENERATION:XxY or XxYxZ, counting chips: v5e and v6e have two axes, v4 and v5p three,
 each with 2 to a host on the first two, as v5e:2x2, v5e:8x8 (v5e-64), v6e:4x4, v4:2x2x4 (v4-32),
 v5p:2x2x4 (v5p-32). A v4 chip shows two devices: their bytes are added. cpu:N is N virtual devices
-of this machine. Options of the config are those of the training scripts: --model.remat,
+of this machine. Options of the config are those of the training scripts: --model.remat=full,
 --mesh.fsdp=8, --batch_size=512. What cannot be learnt here is time.
 """
 
@@ -203,6 +204,7 @@ def step_program(config: ConfigDict, mesh: Mesh) -> Program:
     if local * mesh.size * config.accumulation != config.batch_size:
         raise UserError(f"batch_size={config.batch_size} does not split over {mesh.size} devices")
     objective = OBJECTIVES[OBJECTIVE.value](config, classes, local=local)
+    objective = build.with_forward(objective, network)
     n, integers = config.batch_size, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
     dtype = jnp.float16 if config.use_stable_vae else jnp.uint8
     batch = {
@@ -280,8 +282,8 @@ def measure(what: str, config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in told:
             raise
         raise UserError(
-            f"the {what} does not fit ({told}): more chips, a larger --mesh.fsdp, --model.remat, "
-            "or --accumulation=2"
+            f"the {what} does not fit ({told}): more chips, a larger --mesh.fsdp, "
+            "--model.remat=full, or --accumulation=2"
         ) from error
     seconds = time.monotonic() - start
     kind, devices = TOPOLOGY.value.partition(":")[0], mesh.devices.ravel()
@@ -612,7 +614,7 @@ def gpu_row(row: dict[str, Any], gpu: str) -> list[str]:
     whole = state_of(row) * row["mesh"]["fsdp"] / row["devices_per_chip"]
     temporaries = 2 * per_sample(row) * row["batch_size"] / 8
     total, memory = whole / 8 + temporaries, GPUS[gpu].hbm * GIB
-    fits = "yes" if total < MOST * memory else "with more --accumulation or --model.remat"
+    fits = "yes" if total < MOST * memory else "with more --accumulation or --model.remat=full"
     return [recipe(row), f"8 × {gpu}", f"`--mesh.fsdp=8` {keys_of(row)}".rstrip(), gib(whole / 8),
             gib(temporaries), gib(total), f"{total / memory:.0%}", fits]  # fmt: skip
 

@@ -93,7 +93,11 @@ def _model() -> dict:
         "class_dropout_prob": 0.1,  # label → null label, for guidance
         "time_inputs": "t,t-r",  # what the network is told: "t,r", "t,t-r" or "t-r"
         "dtype": "float32",  # of the computation; parameters stay float32
-        "remat": False,  # recompute each block in the backward pass
+        # Attention: xla, cudnn (GPU, bfloat16) or splash (TPU); and that of du/dt, in forward mode
+        # alone: xla or fused. auto: the fastest known for the device.
+        "attention": "auto",
+        "attention_jvp": "auto",
+        "remat": "none",  # what the backward pass computes again: none, dots or full (each block)
         "unroll": 1,  # blocks per turn of the scan over depth; on CPUs, all is faster
     }
 
@@ -116,5 +120,8 @@ def _objectives() -> dict:
             "omega": 1.0,  # guidance in the target; ω′ = ω / (1 − κ), 1: none
             "kappa": 0.0,
             "guidance_interval": (0.0, 1.0),  # times t at which the target is guided
+            # apart: each part of the target for the samples that need it; plain: as the paper has
+            # it, the same numbers at a third more work, to compare with.
+            "derivative": "apart",
         },
     }

@@ -31,6 +31,7 @@ def guided_target(
     kappa: float,
     interval: tuple[float, float],
     null_label: int,
+    predict: Callable | None = None,
 ) -> Array:
     """v_g = ω v + κ u(z,t,t|c) + (1 − ω − κ) u(z,t,t|∅) (arXiv 2505.13447, equation 21).
 
@@ -39,13 +40,14 @@ def guided_target(
 
     Args:
       z, v: (n, ...). t: (n,). label: (n,) int32. dropped: (n,) bool.
+      predict: (network, params, z, r, t, label, null label) → u of either label; None: `both`.
     """
     if omega == 1 and kappa == 0:
         return v
     null = jnp.full_like(label, null_label)
     guided = omega * v
     if kappa:
-        conditional, unconditional = _both(network, params, z, t, t, label, null)
+        conditional, unconditional = (predict or both)(network, params, z, t, t, label, null)
         guided += kappa * conditional
     else:
         unconditional = network(params, z, t, t, null, None)
@@ -75,7 +77,7 @@ def guided_velocity(
     def guided(z: Array, r: Array, t: Array) -> Array:
         r, t = (jnp.broadcast_to(time, z.shape[:1]) for time in (r, t))
         null = jnp.full_like(label, null_label)
-        conditional, unconditional = _both(network, params, z, r, t, label, null)
+        conditional, unconditional = both(network, params, z, r, t, label, null)
         return unconditional + scale * (conditional - unconditional)
 
     if scale == 1:
@@ -97,7 +99,7 @@ def _inside(t, interval):
     return (t >= interval[0]) & (t <= interval[1])
 
 
-def _both(network, params, z, r, t, label, null) -> tuple[Array, Array]:
+def both(network, params, z, r, t, label, null) -> tuple[Array, Array]:
     """u(z, r, t | label) and u(z, r, t | null), from one doubled batch.
 
     The two of a sample lie side by side, so that on several devices each doubles what it has;

@@ -10,16 +10,17 @@ per element, before any weight; `velocity_error` is that at r = t against plain 
 across objectives with one law of t and no guidance.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.lax import stop_gradient
 
+from flows.apart import derivative, predictions
 from flows.guidance import guided_target
 from flows.path import interpolate, like, velocity
 from flows.times import TimeLaw, interval, interval_pattern, spans_interval
@@ -67,6 +68,8 @@ def mean_flow(
     class_dropout_prob: float,
     null_label: int,
     apart: bool = False,
+    forward: Callable | None = None,
+    dropout: bool = True,
 ) -> tuple[Array, Metrics]:
     """E w ‖u − sg(u_tgt)‖², u_tgt = v_g − (t − r) du/dt (arXiv 2505.13447, equations 9 to 11, 19).
 
@@ -75,8 +78,12 @@ def mean_flow(
     w = 1 / sg(‖u − u_tgt‖² + c)^p (equation 22), so with p = 1 the loss stays near 1: read `error`.
 
     Args:
-      apart: computes du/dt by `du_dt_apart`, which gives the same numbers with less work. The
-        batch's positions must then be consecutive, from a multiple of the pattern's period on.
+      apart: computes the parts of the target by `flows.apart`, each for the samples that need it:
+        the same numbers with less work. The batch's positions must then be consecutive, from a
+        multiple of the pattern's period on.
+      forward: the network to differentiate for du/dt, where it is another than `network`, in
+        forward mode alone; of use with `apart` alone.
+      dropout: whether the network drops units, so that u cannot stand for u(·|c) of the guidance.
     """
     keys = SampleKeys.of(key, batch["position"])
     r, t = jax.vmap(interval(time_law))(keys.time)
@@ -85,68 +92,25 @@ def mean_flow(
     noise = normal(keys.noise, batch["x"])
     z, v = interpolate(batch["x"], noise, t), velocity(batch["x"], noise)
 
-    v_g = guided_target(
-        network, stop_gradient(params), z, t, label, v, dropped,
-        omega=omega, kappa=kappa, interval=guidance_interval, null_label=null_label,
-    )  # fmt: skip
-    tangents = v_g, jnp.zeros_like(r), jnp.ones_like(t)
+    frozen, pattern = stop_gradient(params), interval_pattern(interval_share)
+    predict = None
     if apart:
         u = network(params, z, r, t, label, keys.dropout)
-        du_dt = du_dt_apart(
-            network, stop_gradient(params), (z, r, t), tangents, label, keys.dropout, interval_share
-        )
+        known = None if dropout else stop_gradient(u)
+        predict = functools.partial(predictions, known=known, pattern=pattern)
+    v_g = guided_target(
+        network, frozen, z, t, label, v, dropped, predict=predict,
+        omega=omega, kappa=kappa, interval=guidance_interval, null_label=null_label,
+    )  # fmt: skip
+    along = (z, r, t), (v_g, jnp.zeros_like(r), jnp.ones_like(t))
+    if apart:
+        du_dt = derivative(forward or network, frozen, *along, label, keys.dropout, pattern)
     else:
-        u, du_dt = jax.jvp(
-            lambda z, r, t: network(params, z, r, t, label, keys.dropout), (z, r, t), tangents
-        )
+        u, du_dt = jax.jvp(lambda *at: network(params, *at, label, keys.dropout), *along)
     u_tgt = stop_gradient(v_g - like(t - r, z) * du_dt)
     error = squared_norm(u - u_tgt)
     weight = 1 / stop_gradient(error + c) ** p
     return jnp.mean(weight * error), error_metrics(error, squared_norm(u - v), t - r, z)
-
-
-def du_dt_apart(
-    network: Callable,
-    params,
-    inputs: tuple[Array, Array, Array],
-    tangents: tuple[Array, Array, Array],
-    label: Array,
-    dropout_keys: Array,
-    interval_share: float,
-) -> Array:
-    """du/dt (n, ...) where r ≠ t, from those samples alone, and 0 where r = t and it has no weight.
-
-    A pass forward by itself keeps nothing for a pass backward, and the share of the batch is the
-    share of the work. The samples are told by their place in a period of `spans_interval`, which is
-    known before the step runs: a slice of every period, that moves nothing between devices.
-
-    Args:
-      inputs, tangents: z (n, ...), r (n,) and t (n,), and the direction of the derivative.
-      dropout_keys: (n,).
-    Raises:
-      ValueError: n is no multiple of the period.
-    """
-    pattern = interval_pattern(interval_share)
-    spanning, n = np.flatnonzero(pattern), len(label)
-    if n % len(pattern):
-        raise ValueError(f"{n} samples hold no whole number of periods of {len(pattern)}")
-
-    def some(a: Array) -> Array:
-        periods = a.reshape(-1, len(pattern), *a.shape[1:])
-        return periods[:, spanning].reshape(-1, *a.shape[1:])
-
-    z = inputs[0]
-    every = jnp.zeros((n // len(pattern), len(pattern), *z.shape[1:]), z.dtype)
-    if not len(spanning):
-        return every.reshape(z.shape)
-    own_label, own_keys = some(label), some(dropout_keys)
-    _, du_dt = jax.jvp(
-        lambda z, r, t: network(params, z, r, t, own_label, own_keys),
-        tuple(map(some, inputs)),
-        tuple(map(some, tangents)),
-    )
-    du_dt = du_dt.reshape(-1, len(spanning), *z.shape[1:])
-    return every.at[:, spanning].set(du_dt).reshape(z.shape)
 
 
 class SampleKeys(NamedTuple):

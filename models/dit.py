@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from models.attention import attention
 from models.layers import Condition, Dense, dropout
 
 # depth, hidden_size, num_heads, as DiT names them
@@ -31,6 +32,11 @@ SIZES = {
     for patch in (1, 2, 4, 8)
 }
 
+REMAT = {  # what the forward pass keeps of a block
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros_init()
 
@@ -39,8 +45,10 @@ class DiT(nn.Module):
     """A transformer on patches, modulated by time and label through adaLN-Zero.
 
     Parameters are float32; `dtype` is that of the blocks' products. Time and label embeddings,
-    normalisation statistics, the softmax and the output stay float32. `unroll` blocks make one turn
-    of the scan over depth: more compile longer, and on CPUs run up to twice as fast.
+    normalisation statistics, the softmax and the output stay float32. `attention` is of
+    `models.attention`. `remat` says what the backward pass computes again: none, dots (all but the
+    products with parameters) or full (each block). `unroll` blocks make one turn of the scan over
+    depth: more compile longer, and on CPUs run up to twice as fast.
     """
 
     depth: int
@@ -52,7 +60,8 @@ class DiT(nn.Module):
     dropout: float = 0.0
     time_inputs: str = "t,t-r"
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    attention: str = "xla"
+    remat: str = "none"
     unroll: int = 1
 
     @nn.compact
@@ -82,7 +91,9 @@ class DiT(nn.Module):
 
     def _blocks(self) -> nn.Module:
         """`depth` blocks as one scan: parameters are stacked, compile time is flat in depth."""
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         return nn.scan(
             block,
             variable_axes={"params": 0},
@@ -90,7 +101,7 @@ class DiT(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=self.depth,
             unroll=self.unroll,
-        )(self.num_heads, self.mlp_ratio, self.dropout, self.dtype, name="blocks")
+        )(self.num_heads, self.mlp_ratio, self.dropout, self.dtype, self.attention, name="blocks")
 
 
 class Block(nn.Module):
@@ -100,6 +111,7 @@ class Block(nn.Module):
     mlp_ratio: float
     dropout: float
     dtype: jnp.dtype
+    attention: str
 
     @nn.compact
     def __call__(
@@ -108,7 +120,8 @@ class Block(nn.Module):
         """x (n, tokens, d), c (n, d) → (x, None), as nn.scan wants it."""
         modulation = modulations(c, 6, self.dtype)
         shift, scale, gate = modulation[:3]
-        h = Attention(self.num_heads, self.dtype, name="attention")(modulate(x, shift, scale))
+        heads = Attention(self.num_heads, self.dtype, self.attention, name="attention")
+        h = heads(modulate(x, shift, scale))
         x += gate * dropout(h, self.dropout, dropout_keys, 2 * layer)
         shift, scale, gate = modulation[3:]
         h = MLP(self.mlp_ratio, self.dtype, name="mlp")(modulate(x, shift, scale))
@@ -117,10 +130,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, in XLA's form: fused kernels have no forward-mode rule."""
+    """Multi-head self-attention, by an implementation of `models.attention`."""
 
     num_heads: int
     dtype: jnp.dtype
+    implementation: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -128,7 +142,7 @@ class Attention(nn.Module):
         n, tokens, d = x.shape
         qkv = Dense(3 * d, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.unstack(qkv.reshape(n, tokens, 3, self.num_heads, -1), axis=2)
-        h = jax.nn.dot_product_attention(q, k, v, implementation="xla")
+        h = attention(q, k, v, self.implementation)
         h = h.reshape(n, tokens, d)
         return Dense(d, kernel_init=xavier, dtype=self.dtype, name="out")(h)
 

@@ -17,7 +17,8 @@ from flows import times
 from flows.guidance import effective_scale
 from flows.objectives import flow_matching, mean_flow
 from models import autoencoder as autoencoders
-from models.dit import SIZES, DiT
+from models.attention import FORWARD, REVERSE, forward_attention, reverse_attention
+from models.dit import REMAT, SIZES, DiT
 from models.layers import TIME_INPUTS
 from models.mlp import MLP
 from pipelines.plan import FEATURES, FEWEST, MOST_STEPS
@@ -70,6 +71,10 @@ RANGES: dict[str, tuple[float, float]] = {  # the least and the most a key may b
 }
 CHOICES: dict[str, tuple] = {  # what else a key may be
     "use_stable_vae": (0, 1),
+    "model.attention": ("auto", *REVERSE),
+    "model.attention_jvp": ("auto", *FORWARD),
+    "model.remat": ("none", *REMAT),
+    "mean_flow.derivative": ("apart", "plain"),
     "autoencoder_dtype": ("float32", "bfloat16"),
     "optimizer.schedule": ("constant", "cosine"),
     "fid.features": FEATURES,
@@ -164,11 +169,13 @@ def _check_evaluation(config: ConfigDict) -> None:
 class Network(NamedTuple):
     """A velocity network as pure functions.
 
-    init: key → parameters. apply: (parameters, z, r, t, label, dropout_keys) → u.
+    init: key → parameters. apply: (parameters, z, r, t, label, dropout_keys) → u. forward: the same
+    u, with the attention that is to be differentiated in forward mode alone.
     """
 
     init: Callable[[Array], Any]
     apply: Callable
+    forward: Callable
     null_label: int
 
 
@@ -180,9 +187,11 @@ def network(config: ConfigDict, shape: tuple[int, ...], num_classes: int) -> Net
     """
     z, t = jnp.zeros((1, *shape)), jnp.zeros(1)
     module = _module(config.model, shape, num_classes)
+    forward = _for_forward_mode(module, config.model, shape)
     return Network(
         init=lambda key: module.init(key, z, t, t, jnp.zeros(1, jnp.int32))["params"],
         apply=lambda params, *inputs: module.apply({"params": params}, *inputs),
+        forward=lambda params, *inputs: forward.apply({"params": params}, *inputs),
         null_label=num_classes,
     )
 
@@ -198,13 +207,32 @@ def _module(model: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.M
     }
     if model.name == "dit":
         common |= dit_sizes(model, shape)
-        return DiT(**common, dtype=_dtype(model.dtype), remat=model.remat, unroll=model.unroll)
+        common |= {"remat": model.remat, "unroll": model.unroll}
+        chosen = reverse_attention(model.attention, *_attention_case(model, shape, common))
+        return DiT(**common, dtype=_dtype(model.dtype), attention=chosen)
     if model.name == "mlp" and len(shape) > 1:
         raise UserError("model.name=mlp is for points: --model.name=dit for pictures")
     if model.name == "mlp":
         common |= _given(model, ("depth", "hidden_size"))
         return MLP(**common)
     raise UserError(f"model.name={model.name!r}: dit or mlp")
+
+
+def _for_forward_mode(module: nn.Module, model: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The same network with the attention for du/dt."""
+    if not isinstance(module, DiT):
+        return module
+    case = _attention_case(model, shape, dit_sizes(model, shape))
+    return module.clone(attention=forward_attention(model.attention_jvp, *case))
+
+
+def _attention_case(
+    model: ConfigDict, shape: tuple[int, ...], sizes: dict[str, int]
+) -> tuple[str, str, int, int]:
+    """What the choice of an attention depends on: platform, type, tokens, width of a head."""
+    tokens = shape[0] * shape[1] // sizes["patch_size"] ** 2
+    width = sizes["hidden_size"] // sizes["num_heads"]
+    return jax.default_backend(), model.dtype, tokens, width
 
 
 def told(model: ConfigDict) -> list[str]:
@@ -337,9 +365,17 @@ def mean_flow_objective(config: ConfigDict, num_classes: int, local: int = 0) ->
         omega=m.omega,
         kappa=m.kappa,
         guidance_interval=tuple(m.guidance_interval),
-        apart=splits_evenly(m.interval_share, local),
+        apart=m.derivative == "apart" and splits_evenly(m.interval_share, local),
+        forward=None,
+        dropout=config.model.dropout > 0,
         **_label_dropout(config, num_classes),
     )
+
+
+def with_forward(objective: Callable, network: Network) -> Callable:
+    """The objective with `network.forward` for its pass in forward mode, if it has one."""
+    takes = "forward" in objective.keywords  # type: ignore[attr-defined]
+    return partial(objective, forward=network.forward) if takes else objective
 
 
 def splits_evenly(share: float, local: int) -> bool:

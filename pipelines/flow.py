@@ -357,6 +357,8 @@ def read_config(path: epath.Path) -> ConfigDict:
         RecursionError,
     ) as error:  # of its keys
         raise UserError(f"{path} is no config of this version ({error})") from error
+    if isinstance(values.get("model.remat"), bool):  # as it was until November 2026
+        values["model.remat"] = "full" if values["model.remat"] else "none"
     unknown = sorted(values.keys() - flatten(config).keys())
     if unknown:
         raise UserError(f"{path} is no config of this version: it has no key {unknown[0]}")

@@ -25,7 +25,8 @@ FREE = (
     ),
     *("save_patience", "keep_checkpoints", "keep_best", "best_metric", "skip_limit", "stall"),
     *("accumulation", "optimizer.lr", "optimizer.clip_norm"),  # how a run is gone on with
-    *("deterministic", "tensorboard", "model.remat", "model.unroll"),
+    *("deterministic", "tensorboard", "model.remat", "model.unroll", "model.attention"),
+    *("model.attention_jvp", "mean_flow.derivative"),
     *("mesh.", "sample.", "fid.", "wandb."),
 )
 LATEST, BEST, ALL = "latest", "best", "all"

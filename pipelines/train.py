@@ -21,7 +21,7 @@ from flows.consistency import self_consistency
 from flows.path import interpolate
 from models.autoencoder import Autoencoder
 from pipelines import build
-from pipelines.flow import FlowPipeline, read_json, trained_card, write_json
+from pipelines.flow import FlowPipeline, read_config, read_json, trained_card, write_json
 from pipelines.quick import QuickDistance
 from pipelines.runs import FREE
 from utils import data, files, flops
@@ -74,6 +74,7 @@ def _train(
     codec = build.autoencoder(config, dataset.shape, dataset.autoencoder)
     shape = build.latent_shape(codec, dataset.shape)
     network = build.network(config, shape, dataset.num_classes)
+    objective = build.with_forward(objective, network)
     options = {key: config[key] for key in ("cache", "batch_size", "seed", "flip")}
     batches = feed(dataset.train, mesh, **options)
     check_workdir(path, config, dataset.identity)
@@ -236,10 +237,14 @@ def make_card(
 def step_flops(
     config: ConfigDict, shape: tuple[int, ...], num_classes: int, objective: Callable
 ) -> int:
-    """Model FLOPs of one training step: the gradient of the objective, without recomputation."""
+    """Model FLOPs of one training step: the gradient of the objective, without recomputation.
+
+    Attention counts as XLA computes it, whichever kernel does.
+    """
     plain = config.copy_and_resolve_references()
-    plain.model.remat = False
+    plain.model.update({"remat": "none", "attention": "xla", "attention_jvp": "xla"})
     network = build.network(plain, shape, num_classes)
+    objective = build.with_forward(objective, network)
     n = config.batch_size
     batch = {
         "x": jax.ShapeDtypeStruct((n, *shape), jnp.float32),
@@ -257,8 +262,10 @@ def check_workdir(path: epath.Path, config: ConfigDict, dataset: str) -> None:
         raise UserError(f"{path} is a file: name a folder with --workdir")
     if not any(name[0].isdigit() for name in files.names(path / "checkpoints")):
         return
-    old = flatten(ConfigDict(read_json(path / "config.json")))
-    new = flatten(ConfigDict(json.loads(json.dumps(config.to_dict()))))
+    old, new = (
+        flatten(ConfigDict(json.loads(json.dumps(of.to_dict()))))
+        for of in (read_config(path / "config.json"), config)
+    )
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     free = FREE if config.optimizer.schedule == "constant" else tuple(set(FREE) - {"max_steps"})
     changed = [k for k in changed if not k.startswith(free)]

@@ -31,7 +31,7 @@ MISTAKES = {
     "a fraction": ("train_flow.py --batch_size=3.5", "invalid literal for int()"),
     "no value": ("train_flow.py --batch_size", "--config.batch_size=true: invalid literal"),
     "no number": ("train_flow.py --optimizer.lr=fast", "could not convert string to float"),
-    "no boolean": ("train_flow.py --model.remat=maybe", "Non-boolean argument"),
+    "no boolean": ("train_flow.py --tensorboard=maybe", "Non-boolean argument"),
     "no integer, preparation": ("prepare_data.py --image_size=big", "invalid literal for int()"),
     "no list": ("eval_fid.py --workdir=x --steps=a", "--steps=a: numbers, separated by commas"),
     # Config files.

@@ -106,7 +106,7 @@ def test_gradient_of_a_jvp_through_scan_and_remat():
 
     KEY = jax.random.key(2)
     params = drawn(small(), shape)
-    modules = small(dropout=0.3), small(dropout=0.3, remat=True)
+    modules = small(dropout=0.3), small(dropout=0.3, remat="full")
     plain, rematerialised = (
         jax.jit(jax.grad(functools.partial(loss, module=module)))(params) for module in modules
     )

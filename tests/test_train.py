@@ -39,7 +39,7 @@ def small_config(**changes) -> ConfigDict:
 
 
 @functools.cache
-def twenty_steps(objective: str, devices: int, remat=False, accumulation=1, fsdp=1):
+def twenty_steps(objective: str, devices: int, remat="none", accumulation=1, fsdp=1):
     """Raw errors of 20 steps, and the parameters after them."""
     config = small_config(**{"model.remat": remat, "accumulation": accumulation})
     dataset = data.load(config)
@@ -64,9 +64,9 @@ def relative_distance(a, b) -> float:
 @pytest.mark.parametrize(
     "other",
     [
-        {"devices": 1, "remat": True},
+        {"devices": 1, "remat": "full"},
         {"devices": 1, "accumulation": 4},
-        {"devices": 8, "remat": True, "accumulation": 4, "fsdp": 4},
+        {"devices": 8, "remat": "full", "accumulation": 4, "fsdp": 4},
     ],
     ids=str,
 )
