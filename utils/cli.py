@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from utils import compilation
+
 DEFAULT_CONFIG = "digits"
 SIZE_KEYS = ("depth", "hidden_size", "patch_size", "num_heads")  # what `model.size` stands for
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -105,6 +107,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     from utils import hosts  # which imports this file
 
     def call(argv: Sequence[str]) -> None:
+        compilation.keep()
         _told_in_one_line(lambda: hosts.ended(lambda: main(argv)))
 
     app.run(call, flags_parser=_parse)
