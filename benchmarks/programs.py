@@ -1,0 +1,164 @@
+"""The programs that benchmarks compile and run: what the scripts run, on shapes or random weights.
+
+Nothing here is written for speed's sake: the step is `utils.step.make_step` around the config's
+objective, network and autoencoder, as `pipelines.train` builds it; only data and weights are made
+up. Shapes alone are enough to compile and count (`jax.ShapeDtypeStruct`), so that the largest
+network needs no memory for it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from models import autoencoder as autoencoders
+from models.attention import forward_attention, reverse_attention
+from models.autoencoder_kl import AutoencoderKL
+from models.dit import SIZES
+from pipelines import build
+from pipelines.pretrained import KL_SCALING
+from pipelines.train import step_flops
+from utils.cli import UserError
+from utils.sharding import abstract_state, batch_sharding, born_sharded, replicated
+from utils.step import TrainState, init_state, make_step
+
+SD_VAE = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+OBJECTIVES = {"flow_matching": build.flow_objective, "mean_flow": build.mean_flow_objective}
+CLASSES = {"imagenet256": 1000, "celebahq256": 0}  # whose pictures are as large as the config says
+EMBEDDED = {"digits": ((8, 8, 1), 10), "mnist": ((28, 28, 1), 10)}
+SPREAD = 0.02  # standard deviation of every weight: DiT's zeros would leave work undone
+
+
+class Program(NamedTuple):
+    """A jitted function, its abstract arguments, and the FLOPs of its model."""
+
+    function: Callable
+    arguments: tuple
+    flops: int
+
+
+def stored(config: ConfigDict) -> tuple[tuple[int, ...], int]:
+    """The shape of an item of the config's data set as it is stored, and the number of classes.
+
+    Raises:
+      UserError: a data set of which no more is known than what lies in its folder.
+    """
+    name, side = config.dataset_name, config.image_size
+    if name in EMBEDDED:
+        return EMBEDDED[name]
+    if name not in CLASSES or not side:
+        raise UserError(
+            f"dataset_name={name}: of {', '.join([*CLASSES, *EMBEDDED])}; give "
+            "--config=configs/imagenet256.py:meanflow_b4 or the like"
+        )
+    shape = (side // 8, side // 8, 8) if config.use_stable_vae else (side, side, 3)
+    return shape, CLASSES[name]
+
+
+def codec(config: ConfigDict, weights: bool = False) -> autoencoders.Autoencoder:
+    """Stable Diffusion's autoencoder, or pixels.
+
+    Args:
+      weights: random ones; else shapes alone, which are enough to sample from moments.
+    """
+    if not config.use_stable_vae:
+        return autoencoders.pixels()
+    network = SD_VAE.clone(dtype=jnp.dtype(config.autoencoder_dtype))
+    make = jax.jit(network.init) if weights else lambda *a: jax.eval_shape(network.init, *a)
+    params = make(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    scale = autoencoders.Scale.of({}, network.latent_channels, KL_SCALING)
+    return autoencoders.kl(network, params, scale, config.autoencoder_slice * jax.device_count())
+
+
+def seen(config: ConfigDict) -> tuple[int, ...]:
+    """The shape of what the network sees."""
+    return build.latent_shape(codec(config), stored(config)[0])
+
+
+def step(config: ConfigDict, objective: str, mesh: Mesh) -> Program:
+    """The training step, on moments of latents or pictures as they are stored.
+
+    Args:
+      objective: of OBJECTIVES.
+    Raises:
+      UserError: sizes that do not fit each other or the devices.
+    """
+    shape, classes = seen(config), stored(config)[1]
+    network = build.network(config, shape, classes)
+    local = config.batch_size // mesh.size // config.accumulation
+    if local * mesh.size * config.accumulation != config.batch_size:
+        raise UserError(f"batch_size={config.batch_size} does not split over {mesh.size} devices")
+    made = OBJECTIVES[objective](config, classes, local=local)
+    made = build.with_forward(made, network)
+    state = abstract_state(lambda: init_state(config, network.init), mesh)
+    return Program(
+        make_step(config, network.apply, made, codec(config).sample, mesh),
+        (state, on(batch_sharding(mesh), jax.eval_shape(lambda: batch(config)))),
+        step_flops(config, shape, classes, made),
+    )
+
+
+def batch(config: ConfigDict) -> dict[str, jax.Array]:
+    """A made-up batch: moments of latents (float16) or pictures (uint8), labels and positions."""
+    shape, classes = stored(config)
+    n, keys = config.batch_size, jax.random.split(jax.random.key(1), 3)
+    if config.use_stable_vae:  # a mean of the size that latents have, and a small deviation
+        mean, spread = jnp.split(jax.random.normal(keys[0], (n, *shape)), 2, axis=-1)
+        x = jnp.concatenate([5 * mean, 0.1 * jnp.abs(spread)], axis=-1).astype(jnp.float16)
+    else:
+        x = jax.random.bits(keys[0], (n, *shape), jnp.uint8)
+    label = jax.random.randint(keys[1], (n,), 0, max(classes, 1), jnp.int32)
+    return {"x": x, "label": label, "position": jnp.arange(n, dtype=jnp.int32)}
+
+
+def placed_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.Array]:
+    """`batch`, over the devices."""
+    return jax.jit(lambda: batch(config), out_shardings=batch_sharding(mesh))()
+
+
+def random_state(config: ConfigDict, mesh: Mesh) -> TrainState:
+    """The state before the first step, every weight drawn from N(0, SPREAD²), over the devices."""
+    shape, classes = seen(config), stored(config)[1]
+    network = build.network(config, shape, classes)
+    return born_sharded(lambda: init_state(config, lambda key: random(network.init, key)), mesh)
+
+
+def random(init: Callable[[jax.Array], Any], key: jax.Array) -> Any:
+    """Parameters of the shapes that `init` gives, drawn from N(0, SPREAD²)."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(init, key))
+    keys = jax.random.split(key, len(leaves))
+    drawn = [SPREAD * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def on(place: NamedSharding, tree: Any) -> Any:
+    """The shapes of a tree, at a place."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
+
+def attention_names(config: ConfigDict) -> tuple[str, str]:
+    """What computes attention in reverse mode, and in forward mode, "auto" resolved."""
+    m, shape = config.model, seen(config)
+    sizes = build.dit_sizes(m, shape)
+    tokens = shape[0] * shape[1] // sizes["patch_size"] ** 2
+    width = sizes["hidden_size"] // sizes["num_heads"]
+    case = jax.default_backend(), m.dtype, tokens, width
+    return reverse_attention(m.attention, *case), forward_attention(m.attention_jvp, *case)
+
+
+def size_name(config: ConfigDict) -> str:
+    """As B/2; depth×width/patch where the table has no such network."""
+    sizes = build.dit_sizes(config.model, seen(config))
+    if SIZES.get(config.model.size) == sizes:
+        return config.model.size
+    return f"{sizes['depth']}x{sizes['hidden_size']}/{sizes['patch_size']}"
+
+
+def placed_params(config: ConfigDict, mesh: Mesh) -> Any:
+    """Random parameters of the config's network, whole on every device."""
+    network = build.network(config, seen(config), stored(config)[1])
+    make = jax.jit(lambda key: random(network.init, key), out_shardings=replicated(mesh))
+    return make(jax.random.key(0))
