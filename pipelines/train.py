@@ -26,12 +26,20 @@ from pipelines.quick import QuickDistance
 from pipelines.runs import FREE
 from utils import data, files, flops
 from utils.cli import UserError, absolute, flatten
+from utils.compilation import ahead
 from utils.feed import feed
 from utils.figures import grid
 from utils.hosts import Preemption
 from utils.log import Logger
-from utils.sharding import agreed, anywhere, batch_sharding, make_mesh, replicated
-from utils.step import EVALUATION, TrainState, make_step, stream
+from utils.sharding import (
+    abstract_state,
+    agreed,
+    anywhere,
+    batch_sharding,
+    make_mesh,
+    replicated,
+)
+from utils.step import EVALUATION, TrainState, init_state, make_step, stream
 from utils.train import check_batch, fit
 
 
@@ -85,9 +93,12 @@ def _train(
     write_json(path / "config.json", config.to_dict())
     write_json(path / "card.json", card)
     check_shared(path)
+    step = make_step(config, network.apply, objective, codec.sample, mesh)
     return fit(
         config,
-        make_step(config, network.apply, objective, codec.sample, mesh),
+        # While checkpoints are read, parameters initialised and a cache filled; from here on and
+        # not before, since GPUs choose kernels by their speed, and were busy with references.
+        ahead(step, *abstract_arguments(config, dataset, network, mesh)),
         mesh=mesh,
         init=network.init,
         batches=batches,
@@ -95,6 +106,20 @@ def _train(
         preemption=preemption,
         workdir=path,
     )
+
+
+def abstract_arguments(
+    config: ConfigDict, dataset: data.Dataset, network: build.Network, mesh: Mesh
+) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """The shapes, types and places of the state and of a batch, as the step gets them."""
+    state = abstract_state(lambda: init_state(config, network.init), mesh)
+    x, n = dataset.train[0]["x"], config.batch_size
+    parts = {"x": (x.shape, x.dtype), "label": ((), np.int32), "position": ((), np.int32)}
+    place = batch_sharding(mesh)
+    return state, {
+        name: jax.ShapeDtypeStruct((n, *shape), dtype, sharding=place)
+        for name, (shape, dtype) in parts.items()
+    }
 
 
 class Evaluate:

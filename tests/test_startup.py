@@ -1,13 +1,22 @@
 """From the command to the first step: what is imported, kept, and compiled ahead."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from utils import compilation
+from configs import digits, toy
+from pipelines import build
+from pipelines.train import abstract_arguments, train
+from utils import compilation, data, sharding
+from utils.feed import feed
+from utils.sharding import batch_sharding, make_mesh, replicated
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEPT = """
@@ -128,3 +137,108 @@ def test_nothing_heavy_is_imported_before_it_is_used(name):
 def test_help_does_without_jax(name):
     done = python(f"import sys, {name}; print('jax' in sys.modules)")
     assert done.stdout == "False\n", done.stderr
+
+
+def test_several_processes_keep_programs_only_where_the_user_says(tmp_path):
+    code = KEPT.replace("keep()", "keep(); compilation.keep_none_at_home()", 1)
+    code += f'print(os.environ.get("{compilation.SWITCH}"))'
+    done = python(code, XDG_CACHE_HOME=str(tmp_path))
+    assert done.stdout.split() == ["-", "false"], done.stderr
+    done = python(code, JAX_COMPILATION_CACHE_DIR="shared")
+    assert done.stdout.split() == ["shared", "None"], done.stderr
+
+
+# Compiled ahead.
+
+
+@contextlib.contextmanager
+def compiled() -> Iterator[list[str]]:
+    """The names of the functions that are compiled, or found on disk, inside."""
+    names: list[str] = []
+
+    def hear(event: str, _: float, **about) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(about["fun_name"].removeprefix("jit(").removesuffix(")"))
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
+
+
+def double(x):
+    return {"y": 2 * x["x"]}
+
+
+X = {"x": jax.ShapeDtypeStruct((4,), jnp.float32)}
+
+
+def test_what_is_compiled_ahead_is_what_runs():
+    """One program, and it takes what it is given, as the ordinary call does."""
+    with compiled() as names:
+        call = compilation.ahead(jax.jit(lambda x: double(x)["y"], donate_argnums=0), X)
+        x = {"x": jnp.arange(4.0)}
+        assert call(x).tolist() == [0, 2, 4, 6]
+        assert x["x"].is_deleted()
+        assert call({"x": jnp.ones(4)}).tolist() == [2, 2, 2, 2]
+    assert names.count("<lambda>") == 1
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (5,), ()])
+def test_other_arguments_are_compiled_as_ever(shape):
+    call = compilation.ahead(jax.jit(double), X)
+    assert call({"x": jnp.ones(shape)})["y"].shape == shape
+    assert call({"x": jnp.ones(4)})["y"].shape == (4,)
+
+
+def test_arguments_elsewhere_are_compiled_as_ever():
+    mesh = make_mesh()
+    split = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=batch_sharding(mesh))
+    call = compilation.ahead(jax.jit(double), {"x": split})
+    x = jax.device_put(jnp.arange(8.0), replicated(mesh))
+    assert call({"x": x})["y"].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+
+
+def test_errors_of_tracing_and_of_compiling_are_raised_to_the_caller():
+    with pytest.raises(TypeError, match="incompatible shapes"):
+        compilation.ahead(jax.jit(lambda x: x["x"] - jnp.ones(3)), X)
+
+    def lacking(x):
+        return jax.ffi.ffi_call("no_such_program", X["x"])(x["x"])
+
+    with pytest.raises(Exception, match="no_such_program") as plain:
+        jax.jit(lacking)({"x": jnp.ones(4)})
+    call = compilation.ahead(jax.jit(lacking), X)
+    with pytest.raises(plain.type, match="no_such_program"):
+        call({"x": jnp.ones(4)})
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_run_compiles_its_step_once(tmp_path, monkeypatch):
+    """The one compiled ahead: for fresh parameters, for restored ones, and for every batch."""
+    monkeypatch.setattr(sharding, "SMALLEST", 1)  # so that fsdp splits small arrays
+    config = toy.get_config("spirals")
+    config.model.update({"depth": 1, "hidden_size": 16})
+    config.optimizer.update({"schedule": "constant"})
+    config.sample.update({"steps": (1,), "num": 8})
+    config.update({"cache": "device", "batch_size": 16})
+    config.mesh.fsdp = 2
+    for steps in (2, 4):
+        config.max_steps = steps
+        with compiled() as names:
+            train(config, str(tmp_path), build.flow_objective)
+        assert names.count("step") == 1, names
+
+
+@pytest.mark.parametrize("cache", ["disk", "device"])
+def test_a_batch_of_pictures_is_as_it_was_said_to_be(cache):
+    config = digits.get_config()
+    dataset, mesh = data.load(config), make_mesh(-1, 2)
+    network = build.network(config, dataset.shape, dataset.num_classes)
+    _, said = abstract_arguments(config, dataset, network, mesh)
+    batch = next(feed(dataset.train, mesh, cache=cache, batch_size=128, seed=0, flip=False)(0))
+    assert batch.keys() == said.keys()
+    for name, array in batch.items():
+        assert (array.shape, array.dtype) == (said[name].shape, said[name].dtype)
+        assert array.sharding.is_equivalent_to(said[name].sharding, array.ndim)

@@ -52,6 +52,17 @@ def keep() -> None:
     threading.Thread(target=prune, args=(root,), daemon=True).start()
 
 
+def keep_none_at_home() -> None:
+    """Undoes `keep` where the folder is not the user's choice: for several processes.
+
+    Their homes need not be one. On GPUs, processes that find no program share the autotuning of a
+    new one, and wait for ever for those that found theirs.
+    """
+    if os.environ.get(FOLDER, "").startswith(str(folder())):
+        del os.environ[FOLDER]
+        os.environ[SWITCH] = "false"  # also of the processes that this one starts
+
+
 def folder() -> pathlib.Path:
     """Where programs are kept unless the user says otherwise.
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 from absl import logging
 
-from utils import cli
+from utils import cli, compilation
 from utils.cli import UserError
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, the same command goes on
@@ -134,6 +134,7 @@ def join(options: Hosts, *, saves: bool = False) -> None:
     found = arguments(options)
     if found is None:
         return
+    compilation.keep_none_at_home()
     _attend(options)
     _say(_JOINING)
     import jax
