@@ -82,7 +82,7 @@ class DiT(nn.Module):
         )
         c = nn.silu(c).astype(self.dtype)
         x = patches(z, self.patch_size).astype(self.dtype)
-        x = Dense(self.hidden_size, kernel_init=xavier, dtype=self.dtype, name="patch")(x)
+        x = Dense(self.hidden_size, xavier, self.dtype, name="patch")(x)
         grid = height // self.patch_size, width // self.patch_size
         x += jnp.asarray(positions(*grid, self.hidden_size), self.dtype)[None]
         x = self._blocks()(x, c, dropout_keys, jnp.arange(self.depth))[0]
@@ -121,44 +121,44 @@ class Block(nn.Module):
         modulation = modulations(c, 6, self.dtype)
         shift, scale, gate = modulation[:3]
         heads = Attention(self.num_heads, self.dtype, self.attention, name="attention")
-        h = heads(modulate(x, shift, scale))
+        h = heads(x, shift, scale)
         x += gate * dropout(h, self.dropout, dropout_keys, 2 * layer)
         shift, scale, gate = modulation[3:]
-        h = MLP(self.mlp_ratio, self.dtype, name="mlp")(modulate(x, shift, scale))
+        h = MLP(self.mlp_ratio, self.dtype, name="mlp")(x, shift, scale)
         x += gate * dropout(h, self.dropout, dropout_keys, 2 * layer + 1)
         return x, None
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, by an implementation of `models.attention`."""
+    """Multi-head self-attention on what is modulated, by one of `models.attention`."""
 
     num_heads: int
     dtype: jnp.dtype
     implementation: str
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """(n, tokens, d) → (n, tokens, d)."""
+    def __call__(self, x: Array, shift: Array, scale: Array) -> Array:
+        """x (n, tokens, d), shift and scale (n, 1, d) → (n, tokens, d)."""
         n, tokens, d = x.shape
-        qkv = Dense(3 * d, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * d, xavier, self.dtype, before=modulate, name="qkv")(x, shift, scale)
         q, k, v = jnp.unstack(qkv.reshape(n, tokens, 3, self.num_heads, -1), axis=2)
         h = attention(q, k, v, self.implementation)
         h = h.reshape(n, tokens, d)
-        return Dense(d, kernel_init=xavier, dtype=self.dtype, name="out")(h)
+        return Dense(d, xavier, self.dtype, name="out")(h)
 
 
 class MLP(nn.Module):
-    """Two layers with a GELU (tanh form) between."""
+    """Two layers on what is modulated, with a GELU (tanh form) between."""
 
     ratio: float
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """(n, tokens, d) → (n, tokens, d)."""
+    def __call__(self, x: Array, shift: Array, scale: Array) -> Array:
+        """x (n, tokens, d), shift and scale (n, 1, d) → (n, tokens, d)."""
         d = x.shape[-1]
-        h = Dense(int(self.ratio * d), kernel_init=xavier, dtype=self.dtype, name="in")(x)
-        return Dense(d, kernel_init=xavier, dtype=self.dtype, name="out")(nn.gelu(h))
+        up = Dense(int(self.ratio * d), xavier, self.dtype, before=modulate, name="in")
+        return Dense(d, xavier, self.dtype, before=gelu, name="out")(up(x, shift, scale))
 
 
 class Head(nn.Module):
@@ -171,20 +171,25 @@ class Head(nn.Module):
     def __call__(self, x: Array, c: Array) -> Array:
         """(n, tokens, d), (n, d) → float32 (n, tokens, features)."""
         shift, scale = modulations(c, 2, self.dtype)
-        x = modulate(x, shift, scale).astype(jnp.float32)
-        return Dense(self.features, kernel_init=zeros, dtype=jnp.float32, name="out")(x)
+        out = Dense(self.features, zeros, jnp.float32, before=modulate, name="out")
+        return out(x, shift, scale)
 
 
 def modulations(c: Array, count: int, dtype: jnp.dtype) -> list[Array]:
     """Returns `count` arrays (n, 1, d) from the condition (n, d), zero at the start."""
-    out = Dense(count * c.shape[-1], kernel_init=zeros, dtype=dtype, name="modulation")(c)
+    out = Dense(count * c.shape[-1], zeros, dtype, name="modulation")(c)
     return jnp.split(out[:, None], count, axis=-1)
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """Layer norm without parameters, then x · (1 + scale) + shift."""
-    norm = nn.LayerNorm(epsilon=1e-6, use_scale=False, use_bias=False, dtype=x.dtype)
-    return norm(x) * (1 + scale) + shift
+    """Layer norm without parameters, then x · (1 + scale) + shift, float32."""
+    x, shift, scale = (a.astype(jnp.float32) for a in (x, shift, scale))
+    return jax.nn.standardize(x, epsilon=1e-6) * (1 + scale) + shift
+
+
+def gelu(x: Array) -> Array:
+    """x · Φ(x), Φ the normal distribution's, in its tanh form, float32."""
+    return nn.gelu(x.astype(jnp.float32))
 
 
 def patches(z: Array, patch: int) -> Array:

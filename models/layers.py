@@ -1,5 +1,7 @@
 """Layers shared by the networks."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -63,12 +65,37 @@ class Condition(nn.Module):
         return c
 
 
-class Dense(nn.Dense):
-    """`nn.Dense` on all leading axes as one: XLA's backward pass on CPUs is then twice as fast."""
+def identity(x: Array) -> Array:
+    """x."""
+    return x
 
-    def __call__(self, x: Array) -> Array:
-        """(..., d) → (..., features)."""
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+class Dense(nn.Module):
+    """before(inputs) · kernel + bias, over all leading axes as one.
+
+    With the leading axes as one, XLA's backward pass on CPUs is twice as fast. Of the forward pass
+    the inputs alone are kept: `before`, elementwise or a norm, is computed again in the backward
+    pass, the product is not. Parameters are float32, products of `dtype`.
+    """
+
+    features: int
+    kernel_init: nn.initializers.Initializer
+    dtype: jnp.dtype
+    before: Callable[..., Array] = identity
+
+    @nn.compact
+    def __call__(self, *inputs: Array) -> Array:
+        """(..., d), and what else `before` takes → (..., features) of `dtype`."""
+        shape = inputs[0].shape
+        kernel = self.param("kernel", self.kernel_init, (shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        out = jax.checkpoint(self._product, prevent_cse=False)(kernel, bias, *inputs)
+        return out.reshape(*shape[:-1], self.features)
+
+    def _product(self, kernel: Array, bias: Array, *inputs: Array) -> Array:
+        x = self.before(*inputs).astype(self.dtype)
+        x = x.reshape(-1, x.shape[-1])
+        return x @ kernel.astype(self.dtype) + bias.astype(self.dtype)[None]
 
 
 def dropout(x: Array, rate: float, keys: Array | None, layer: Array | int) -> Array:
