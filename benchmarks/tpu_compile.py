@@ -166,6 +166,11 @@ class Program(NamedTuple):
     model_flops: Callable[[], int] | None = None
 
 
+def platform() -> str:
+    """What the programs are for, as JAX calls it."""
+    return "cpu" if TOPOLOGY.value.startswith("cpu") else "tpu"
+
+
 def sizes(config: ConfigDict) -> tuple[tuple[int, ...], int]:
     """The shape of what is stored, and the number of classes."""
     if config.dataset_name not in CLASSES or not config.image_size:
@@ -199,7 +204,7 @@ def step_program(config: ConfigDict, mesh: Mesh) -> Program:
     stored, classes = sizes(config)
     codec = codec_of(config, mesh)
     shape = build.latent_shape(codec, stored)
-    network = build.network(config, shape, classes)
+    network = build.network(config, shape, classes, platform())
     local = config.batch_size // mesh.size // config.accumulation
     if local * mesh.size * config.accumulation != config.batch_size:
         raise UserError(f"batch_size={config.batch_size} does not split over {mesh.size} devices")
@@ -225,7 +230,7 @@ def sampler_program(config: ConfigDict, mesh: Mesh) -> Program:
     """A batch of samples in the most steps of --sample.steps, at --sample.guidance."""
     stored, classes = sizes(config)
     shape = build.latent_shape(codec_of(config, mesh), stored)
-    network = build.network(config, shape, classes)
+    network = build.network(config, shape, classes, platform())
     params = on(replicated(mesh), jax.eval_shape(network.init, jax.random.key(0)))
     index = jax.ShapeDtypeStruct((samples(mesh),), jnp.int32, sharding=batch_sharding(mesh))
     arguments = {"params": params, "autoencoder": autoencoders.points(), "label": index}

@@ -81,8 +81,8 @@ def mean_flow(
       apart: computes the parts of the target by `flows.apart`, each for the samples that need it:
         the same numbers with less work. The batch's positions must then be consecutive, from a
         multiple of the pattern's period on.
-      forward: the network to differentiate for du/dt, where it is another than `network`, in
-        forward mode alone; of use with `apart` alone.
+      forward: the network whose du/dt is taken, where it is computed by other means than
+        `network`: apart, in forward mode alone.
       dropout: whether the network drops units, so that u cannot stand for u(·|c) of the guidance.
     """
     keys = SampleKeys.of(key, batch["position"])
@@ -93,7 +93,7 @@ def mean_flow(
     z, v = interpolate(batch["x"], noise, t), velocity(batch["x"], noise)
 
     frozen, pattern = stop_gradient(params), interval_pattern(interval_share)
-    predict = None
+    forward, predict = forward or network, None
     if apart:
         u = network(params, z, r, t, label, keys.dropout)
         known = None if dropout else stop_gradient(u)
@@ -104,9 +104,9 @@ def mean_flow(
     )  # fmt: skip
     along = (z, r, t), (v_g, jnp.zeros_like(r), jnp.ones_like(t))
     if apart:
-        du_dt = derivative(forward or network, frozen, *along, label, keys.dropout, pattern)
+        du_dt = derivative(forward, frozen, *along, label, keys.dropout, pattern)
     else:
-        u, du_dt = jax.jvp(lambda *at: network(params, *at, label, keys.dropout), *along)
+        u, du_dt = jax.jvp(lambda *at: forward(params, *at, label, keys.dropout), *along)
     u_tgt = stop_gradient(v_g - like(t - r, z) * du_dt)
     error = squared_norm(u - u_tgt)
     weight = 1 / stop_gradient(error + c) ** p

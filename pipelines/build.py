@@ -169,31 +169,63 @@ def _check_evaluation(config: ConfigDict) -> None:
 class Network(NamedTuple):
     """A velocity network as pure functions.
 
-    init: key → parameters. apply: (parameters, z, r, t, label, dropout_keys) → u. forward: the same
-    u, with the attention that is to be differentiated in forward mode alone.
+    init: key → parameters. apply: (parameters, z, r, t, label, dropout_keys) → u. The others
+    are the same u by other kernels of attention: forward, for what is differentiated in forward
+    mode alone, and plain, for what is differentiated in both.
     """
 
     init: Callable[[Array], Any]
     apply: Callable
     forward: Callable
+    plain: Callable
     null_label: int
 
 
-def network(config: ConfigDict, shape: tuple[int, ...], num_classes: int) -> Network:
+def network(
+    config: ConfigDict, shape: tuple[int, ...], num_classes: int, platform: str = ""
+) -> Network:
     """The network `config.model` names, for samples of `shape` and labels below `num_classes`.
 
+    Args:
+      platform: cpu, gpu or tpu, where it is to run; empty: JAX's default.
     Raises:
       UserError: sizes that are missing, unknown or do not fit.
     """
     z, t = jnp.zeros((1, *shape)), jnp.zeros(1)
     module = _module(config.model, shape, num_classes)
-    forward = _for_forward_mode(module, config.model, shape)
+    kinds = _by_attention(module, config.model, shape, platform or jax.default_backend())
+    apply, forward, plain = map(_applied, kinds)
     return Network(
         init=lambda key: module.init(key, z, t, t, jnp.zeros(1, jnp.int32))["params"],
-        apply=lambda params, *inputs: module.apply({"params": params}, *inputs),
-        forward=lambda params, *inputs: forward.apply({"params": params}, *inputs),
+        apply=apply,
+        forward=forward,
+        plain=plain,
         null_label=num_classes,
     )
+
+
+def _applied(module: nn.Module) -> Callable:
+    return lambda params, *inputs: module.apply({"params": params}, *inputs)
+
+
+def _by_attention(
+    module: nn.Module, model: ConfigDict, shape: tuple[int, ...], platform: str
+) -> list[nn.Module]:
+    """The network with the attention for gradients, for forward mode alone, and for both.
+
+    Raises:
+      UserError: an attention that this machine, type or size cannot have.
+    """
+    if not isinstance(module, DiT):
+        return [module] * 3
+    tokens = shape[0] * shape[1] // module.patch_size**2
+    case = (platform, model.dtype, tokens, module.hidden_size // module.num_heads)
+    try:
+        reverse = reverse_attention(model.attention, *case)
+        forward = forward_attention(model.attention_jvp, *case)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return [module.clone(attention=name) for name in (reverse, forward, "xla")]
 
 
 def _module(model: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -208,31 +240,13 @@ def _module(model: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.M
     if model.name == "dit":
         common |= dit_sizes(model, shape)
         common |= {"remat": model.remat, "unroll": model.unroll}
-        chosen = reverse_attention(model.attention, *_attention_case(model, shape, common))
-        return DiT(**common, dtype=_dtype(model.dtype), attention=chosen)
+        return DiT(**common, dtype=_dtype(model.dtype))
     if model.name == "mlp" and len(shape) > 1:
         raise UserError("model.name=mlp is for points: --model.name=dit for pictures")
     if model.name == "mlp":
         common |= _given(model, ("depth", "hidden_size"))
         return MLP(**common)
     raise UserError(f"model.name={model.name!r}: dit or mlp")
-
-
-def _for_forward_mode(module: nn.Module, model: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """The same network with the attention for du/dt."""
-    if not isinstance(module, DiT):
-        return module
-    case = _attention_case(model, shape, dit_sizes(model, shape))
-    return module.clone(attention=forward_attention(model.attention_jvp, *case))
-
-
-def _attention_case(
-    model: ConfigDict, shape: tuple[int, ...], sizes: dict[str, int]
-) -> tuple[str, str, int, int]:
-    """What the choice of an attention depends on: platform, type, tokens, width of a head."""
-    tokens = shape[0] * shape[1] // sizes["patch_size"] ** 2
-    width = sizes["hidden_size"] // sizes["num_heads"]
-    return jax.default_backend(), model.dtype, tokens, width
 
 
 def told(model: ConfigDict) -> list[str]:
@@ -373,9 +387,11 @@ def mean_flow_objective(config: ConfigDict, num_classes: int, local: int = 0) ->
 
 
 def with_forward(objective: Callable, network: Network) -> Callable:
-    """The objective with `network.forward` for its pass in forward mode, if it has one."""
-    takes = "forward" in objective.keywords  # type: ignore[attr-defined]
-    return partial(objective, forward=network.forward) if takes else objective
+    """The objective with the network that it differentiates in forward mode, if it does."""
+    given = objective.keywords  # type: ignore[attr-defined]
+    if "forward" not in given:
+        return objective
+    return partial(objective, forward=network.forward if given["apart"] else network.plain)
 
 
 def splits_evenly(share: float, local: int) -> bool:

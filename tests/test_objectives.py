@@ -1,6 +1,7 @@
 """The objectives against mathematics: closed forms, finite differences, equalities between them."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -146,41 +147,63 @@ def test_with_r_equal_t_and_p_zero_mean_flow_is_flow_matching():
     assert np.linalg.norm(jax.tree.leaves(c)[0] - jax.tree.leaves(b)[0]) > 1e-3
 
 
-APART_DIT = {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 2, "num_classes": 3}
-APART_MLP = {"depth": 1, "hidden_size": 16, "num_classes": 3}
+APART = {
+    "dit": (DiT, {"hidden_size": 16, "num_heads": 2, "patch_size": 2}, (4, 4, 1)),
+    "mlp": (MLP, {"hidden_size": 16}, (4,)),
+}
+GUIDANCE = {"none": (1.0, 0.0), "omega": (3.0, 0.0), "kappa": (0.2, 0.7)}
 
 
-@pytest.mark.parametrize(
-    ("network", "share", "guidance"),
-    [
-        *[("mlp", share, (0.2, 0.7)) for share in (0.0, 0.25, 0.5, 1.0)],
-        ("mlp", 0.25, (1.0, 0.0)),
-        ("dit", 0.25, (0.2, 0.7)),
-    ],
-    ids=str,
-)
-def test_du_dt_apart_gives_the_same_loss_metrics_and_gradient(network, share, guidance):
-    """With dropout of units and of labels: a sample apart drops what it drops in the batch."""
-    modules = {"dit": DiT(**APART_DIT, dropout=0.3), "mlp": MLP(**APART_MLP, dropout=0.3)}
-    shape = (4, 4, 1) if network == "dit" else (4,)
-    network, params, batch = with_all_weights_drawn(modules[network], shape)
-    guidance = dict(zip(("omega", "kappa"), guidance, strict=True))
+@functools.cache
+def apart_case(name, rate):
+    """A network that drops units at a rate, its parameters and a batch."""
+    kind, sizes, shape = APART[name]
+    return with_all_weights_drawn(kind(depth=1, num_classes=3, dropout=rate, **sizes), shape)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def step(params, apart):
-        bound = options(interval_share=share, class_dropout_prob=0.4, p=0.5, **guidance)
-        function = functools.partial(mean_flow, apart=apart, **bound)
-        loss = jax.value_and_grad(lambda p: function(network, p, batch, KEY), has_aux=True)
-        return loss(params)
+
+def both_forms(name, rate, share, guidance, cases):
+    """(loss, metrics), gradient of the plain form and of the parts, for (interval, label dropout)
+    of each case."""
+    network, params, batch = apart_case(name, rate)
+    omega, kappa = GUIDANCE[guidance]
+
+    def step(params, interval, label_dropout, apart):
+        bound = options(
+            interval_share=share, p=0.5, omega=omega, kappa=kappa, guidance_interval=interval,
+            class_dropout_prob=label_dropout, apart=apart, dropout=rate > 0,
+        )  # fmt: skip
+        return jax.value_and_grad(
+            lambda p: mean_flow(network, p, batch, KEY, **bound), has_aux=True
+        )(params)
 
     quick = {"xla_backend_optimization_level": "0"}  # half the time to compile
-    (plain, plain_metrics), plain_gradient = step.lower(params, False).compile(quick)(params)
-    (apart, apart_metrics), apart_gradient = step.lower(params, True).compile(quick)(params)
-    assert apart == pytest.approx(float(plain), rel=1e-6)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-6), apart_metrics, plain_metrics
-    )
-    assert_trees_close(apart_gradient, plain_gradient, 1e-6)
+    forms = [
+        jax.jit(step, static_argnums=3).lower(params, *cases[0], apart).compile(quick)
+        for apart in (False, True)
+    ]
+    return [[form(params, *case) for form in forms] for case in cases]
+
+
+COMBINATIONS = [
+    *itertools.product(["mlp"], [0.0, 0.3], [0.0, 0.25, 0.5, 0.75, 1.0], GUIDANCE),
+    *itertools.product(["dit"], [0.0, 0.3], [0.25], ["kappa"]),
+]
+
+
+@pytest.mark.parametrize(("name", "rate", "share", "guidance"), COMBINATIONS)
+def test_the_parts_give_the_same_loss_metrics_and_gradient(name, rate, share, guidance):
+    """With dropout of units a sample apart drops what it drops in the batch, and the guidance,
+    which drops none, cannot take u(·|c) from the pass that does."""
+    cases = [((low, high), prob) for low, high in ((0.0, 1.0), (0.3, 0.7)) for prob in (0.0, 0.4)]
+    losses = set()
+    for plain, apart in both_forms(name, rate, share, guidance, cases):
+        (loss, metrics), gradient = plain
+        assert apart[0][0] == pytest.approx(float(loss), rel=1e-6)
+        same = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+        jax.tree.map(same, apart[0][1], metrics)
+        assert_trees_close(apart[1], gradient, 1e-6)
+        losses.add(float(loss))
+    assert len(losses) == (2 if guidance == "none" else 4)  # the cases differ
 
 
 def test_du_dt_apart_works_on_its_share_of_the_samples():
@@ -194,6 +217,11 @@ def test_du_dt_apart_works_on_its_share_of_the_samples():
     once = cost(interval_share=0.0, apart=True)
     for share in (0.25, 0.5, 1.0):
         assert cost(interval_share=share, apart=True) == pytest.approx(once * (1 + 2 * share), 0.1)
+        guided = {"interval_share": share, "apart": True, "omega": 1.0, "kappa": 0.5}
+        # and the null label for all, the sample's own where r ≠ t; with dropout, for all
+        expected = once * (1 + 2 * share + 1 + share)
+        assert cost(**guided, dropout=False) == pytest.approx(expected, 0.1)
+        assert cost(**guided) == pytest.approx(once * (1 + 2 * share + 2), 0.1)
 
 
 def test_du_dt_apart_needs_whole_periods():
