@@ -4,11 +4,12 @@ The trace is XLA's own (`.xplane.pb`, read by `jax.profiler.ProfileData`; the `.
 beside it is for Perfetto). Kernels stand there by platform: on a GPU in lines called Stream, on a
 TPU in one called XLA Ops, on a CPU in the lines of its threads, as events that name an `hlo_op`.
 Loops stand around what they run and are left out; of events within others the inner ones count.
+Which fusions hold a product of matrices is read in the compiled program.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +48,8 @@ class Event(NamedTuple):
     words: str
 
 
-def profile(name: str, call: Callable[[], Any], folder: Path) -> Part:
-    """Traces a few calls of what has been compiled and warmed up."""
+def profile(name: str, call: Callable[[], Any], folder: Path, hlo: str = "") -> Part:
+    """Traces a few calls of what has been compiled and warmed up; `hlo` is its optimised text."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # thousands of events that say nothing of the device
     jax.block_until_ready(call())
@@ -57,11 +58,31 @@ def profile(name: str, call: Callable[[], Any], folder: Path) -> Part:
         timing.block(call, STEPS)
     finally:
         jax.profiler.stop_trace()
-    return read(name, folder, STEPS)
+    return read(name, folder, STEPS, products(hlo))
 
 
-def read(name: str, folder: Path, calls: int) -> Part:
+def products(hlo: str) -> set[str]:
+    """The names of a compiled program's fusions with a product of matrices or convolution inside.
+
+    A computation's header is "%name (arguments) -> result {", and a fusion has calls=%name.
+    """
+    within, multiplying, callers = "", set(), []
+    for line in hlo.splitlines():
+        if header := re.match(r"%?([\w.\-]+) \(.*\{$", line):
+            within = header[1]
+        elif re.search(r" (dot|convolution)\(", line):
+            multiplying.add(within)
+        if caller := re.match(r" +(?:ROOT )?%?([\w.\-]+) = .* fusion\(.*calls=%?([\w.\-]+)", line):
+            callers.append(caller.groups())
+    return {name for name, called in callers if called in multiplying}
+
+
+def read(name: str, folder: Path, calls: int, known: Collection[str] = ()) -> Part:
     """The newest trace in a folder.
+
+    Args:
+      calls: of the program, while it was traced.
+      known: names of fusions that are products, whatever they are called.
 
     Raises:
       FileNotFoundError: there is none.
@@ -76,7 +97,7 @@ def read(name: str, folder: Path, calls: int) -> Part:
         for line in kernels(jax.profiler.ProfileData.from_file(str(file))):
             for event, own in alone(line):
                 by_name[re.sub(r"[.\d]+$", "", event.name)] += own
-                by_kind[kind(event.words)] += own
+                by_kind["matmul" if event.name in known else kind(event.words)] += own
     scale = 1e-6 / calls
     kinds = {name: by_kind[name] * scale for name in (*KINDS, OTHER)}
     return Part(name, kinds, [(name, ns * scale) for name, ns in by_name.most_common(TOP)])

@@ -6,7 +6,9 @@ up. Shapes alone are enough to compile and count (`jax.ShapeDtypeStruct`), so th
 network needs no memory for it.
 """
 
-from collections.abc import Callable
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +23,8 @@ from models.dit import SIZES
 from pipelines import build
 from pipelines.pretrained import KL_SCALING
 from pipelines.train import step_flops
-from utils.cli import UserError
+from utils import flops
+from utils.cli import SIZE_KEYS, UserError
 from utils.sharding import abstract_state, batch_sharding, born_sharded, replicated
 from utils.step import TrainState, init_state, make_step
 
@@ -29,6 +32,8 @@ SD_VAE = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block
 OBJECTIVES = {"flow_matching": build.flow_objective, "mean_flow": build.mean_flow_objective}
 CLASSES = {"imagenet256": 1000, "celebahq256": 0}  # whose pictures are as large as the config says
 EMBEDDED = {"digits": ((8, 8, 1), 10), "mnist": ((28, 28, 1), 10)}
+CONFIG = "configs/imagenet256.py:meanflow_b4"  # where none is given
+ASKED = tuple(sys.argv[1:])  # by the user's own hand
 SPREAD = 0.02  # standard deviation of every weight: DiT's zeros would leave work undone
 
 
@@ -38,6 +43,57 @@ class Program(NamedTuple):
     function: Callable
     arguments: tuple
     flops: int
+
+
+# Command lines.
+
+
+def given(name: str) -> bool:
+    """Whether a flag stands on the command line."""
+    return any(word.partition("=")[0] == f"--{name}" for word in ASKED)
+
+
+def standard_config() -> bool:
+    """Whether the config is CONFIG, as none was named."""
+    return not (given("config") or given("dataset_name"))
+
+
+def fill_in_config() -> None:
+    """Names CONFIG on the command line where there is no other; before flags are parsed."""
+    if standard_config():
+        sys.argv.insert(1, f"--config={pathlib.Path(__file__).parents[1] / CONFIG}")
+
+
+def numbers(name: str, words: Sequence[str], kind: Callable) -> list:
+    """The numbers of a flag's list.
+
+    Raises:
+      UserError: one is none.
+    """
+    try:
+        return [kind(word) for word in words]
+    except ValueError as error:
+        raise UserError(f"--{name}={','.join(words)}: numbers, separated by commas") from error
+
+
+def check(name: str, words: Sequence[str], choices: Sequence[str]) -> None:
+    """Raises UserError where a flag's list holds none of the choices, or another word."""
+    if not words or set(words) - set(choices):
+        raise UserError(f"--{name}={','.join(words)}: of {', '.join(choices)}")
+
+
+def sized(config: ConfigDict, size: str) -> ConfigDict:
+    """A copy with `model.size`, which wins over a preset's sizes; "": as it is."""
+    config = config.copy_and_resolve_references()
+    if size:
+        config.model.size = size
+        for key in SIZE_KEYS:
+            if not (given(f"model.{key}") or given(f"config.model.{key}")):
+                config.model[key] = None
+    return config
+
+
+# Programs.
 
 
 def stored(config: ConfigDict) -> tuple[tuple[int, ...], int]:
@@ -155,6 +211,17 @@ def size_name(config: ConfigDict) -> str:
     if SIZES.get(config.model.size) == sizes:
         return config.model.size
     return f"{sizes['depth']}x{sizes['hidden_size']}/{sizes['patch_size']}"
+
+
+def forward_flops(config: ConfigDict, n: int) -> int:
+    """FLOPs of the network on n samples, forward; attention as XLA computes it."""
+    plain = config.copy_and_resolve_references()
+    plain.model.update({"remat": "none", "attention": "xla", "attention_jvp": "xla"})
+    network = build.network(plain, seen(config), stored(config)[1])
+    z, t = jax.ShapeDtypeStruct((n, *seen(config)), jnp.float32), jax.ShapeDtypeStruct((n,), "f4")
+    label = jax.ShapeDtypeStruct((n,), jnp.int32)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    return flops.count(network.apply, params, z, t, t, label, None)
 
 
 def placed_params(config: ConfigDict, mesh: Mesh) -> Any:

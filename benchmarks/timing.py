@@ -156,7 +156,7 @@ def say(text: str) -> None:
 
 
 FORMATS: dict[str, Callable[[Any], str]] = {
-    "flops": lambda n: f"{n / 1e12:.4g} T",
+    "flops": lambda n: f"{n / 1e12:.4g} T" if n > 1e11 else f"{n / 1e9:.4g} G",
     "temp_bytes": lambda n: f"{n / GIB:.3f} GiB",
     "ms": lambda x: f"{x:.4g}",
     "img_s": lambda x: f"{x:,.4g}" if x < 1000 else f"{x:,.0f}",

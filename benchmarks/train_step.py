@@ -53,10 +53,8 @@ from ml_collections import ConfigDict, config_flags
 from benchmarks import profiling, programs, timing
 from pipelines import build
 from utils import cli
-from utils.cli import UserError
 from utils.sharding import make_mesh
 
-DEFAULT_CONFIG = "configs/imagenet256.py:meanflow_b4"
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:variant].")
 OBJECTIVE = flags.DEFINE_list("objective", list(programs.OBJECTIVES), "What is trained.")
 SIZE = flags.DEFINE_list("size", [], "As B/4,B/2,XL/2; none: the config's, B/2 or on CPUs S/8.")
@@ -139,19 +137,19 @@ def asked() -> Iterator[Case]:
     Raises:
       UserError: a word that no option has.
     """
-    standard, cpu = not given("config"), jax.default_backend() == "cpu"
+    standard, cpu = programs.standard_config(), jax.default_backend() == "cpu"
     small = standard and not SIZE.value
     sizes = SIZE.value or ([("S/8" if cpu else "B/2")] if standard else [""])
     config = CONFIG.value
     default = [str((16 if cpu else 256) if standard else config.batch_size)]
-    batches = numbers("batch_size", BATCH_SIZE.value or default, int)
+    batches = programs.numbers("batch_size", BATCH_SIZE.value or default, int)
     own = config.model.dtype if not standard or cpu else "bfloat16"
-    kappas = numbers("guidance", GUIDANCE.value, float)
+    kappas = programs.numbers("guidance", GUIDANCE.value, float)
     if small and not BATCH_SIZE.value:
         timing.say(f"no --size: {sizes[0]} at batch {batches[0]}, which says little of larger ones")
-    check("objective", OBJECTIVE.value, list(programs.OBJECTIVES))
-    check("derivative", DERIVATIVE.value, build.CHOICES["mean_flow.derivative"])
-    check("dtype", DTYPE.value, ("float32", "bfloat16"))
+    programs.check("objective", OBJECTIVE.value, list(programs.OBJECTIVES))
+    programs.check("derivative", DERIVATIVE.value, build.CHOICES["mean_flow.derivative"])
+    programs.check("dtype", DTYPE.value or [own], ("float32", "bfloat16"))
     targets = [("flow_matching", 0.0, "")] if "flow_matching" in OBJECTIVE.value else []
     if "mean_flow" in OBJECTIVE.value:
         pairs = itertools.product(kappas, DERIVATIVE.value)
@@ -163,37 +161,13 @@ def asked() -> Iterator[Case]:
             yield Case(objective, size, batch, kappa, derivative, dtype, attention, remat)
 
 
-def given(name: str) -> bool:
-    """Whether a flag stands on the command line, by the user's own hand."""
-    return any(word.partition("=")[0] == f"--{name}" for word in ASKED)
-
-
-def numbers(name: str, words: list[str], kind: Callable) -> list:
-    """Numbers of a list; UserError where one is none."""
-    try:
-        return [kind(word) for word in words]
-    except ValueError as error:
-        raise UserError(f"--{name}={','.join(words)}: numbers, separated by commas") from error
-
-
-def check(name: str, words: list[str], choices: tuple[str, ...] | list[str]) -> None:
-    """Raises UserError where a word is none of the choices, or where there is none."""
-    if (wrong := [word for word in words if word not in choices]) or not (words or name == "dtype"):
-        raise UserError(f"--{name}={','.join(wrong)}: of {', '.join(choices)}")
-
-
 def config_of(case: Case) -> ConfigDict:
     """The config of a case.
 
     Raises:
       UserError: values out of range, or sizes that do not fit.
     """
-    config = CONFIG.value.copy_and_resolve_references()
-    if case.size:
-        config.model.size = case.size
-        for key in cli.SIZE_KEYS:
-            if f"--config.model.{key}" not in {word.partition("=")[0] for word in sys.argv}:
-                config.model[key] = None
+    config = programs.sized(CONFIG.value, case.size)
     config.batch_size = case.batch
     reverse, _, forward = case.attention.partition("/")
     if case.derivative == "plain":
@@ -340,14 +314,13 @@ def profiled(
         row = prepared[case].row
         words = [row[name] for name in COLUMNS[:8] if row[name] not in ("", 0.0)]
         name = "_".join(str(word).replace("/", "-") for word in words)
-        part = profiling.profile(name, call, pathlib.Path(PROFILE.value) / name)
+        folder, hlo = pathlib.Path(PROFILE.value) / name, prepared[case].compiled.as_text()
+        part = profiling.profile(name, call, folder, hlo)
         row["ms_by_kind"] = part.kinds
         parts.append(part)
     return parts
 
 
 if __name__ == "__main__":
-    ASKED = sys.argv[1:]
-    if not (given("config") or given("dataset_name")):
-        sys.argv.insert(1, f"--config={pathlib.Path(__file__).parents[1] / DEFAULT_CONFIG}")
+    programs.fill_in_config()
     cli.run(main)
