@@ -17,6 +17,7 @@ import safetensors.numpy
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import base
@@ -57,6 +58,7 @@ class FlowPipeline:
     autoencoder: Autoencoder
     sampler: Callable[..., tuple[Array, Array]]
     params: Any
+    _places: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def build(
@@ -218,9 +220,17 @@ class FlowPipeline:
             jax.device_put(np.pad(np.asarray(a, np.int32), (0, padding)), batch_sharding(mesh))
             for a in (labels, indices)
         )
-        params, codec = jax.device_put((self.params, self.autoencoder), replicated(mesh))
+        params, codec = self._placed(mesh)
         interval = tuple(guidance_interval)
         return self.sampler(params, codec, label, index, seed, steps, sampler, guidance, interval)
+
+    def _placed(self, mesh: Mesh) -> tuple[Any, Autoencoder]:
+        """Parameters and autoencoder on every device, put there by the first batch for all."""
+        if mesh not in self._places:
+            self._places.clear()
+            both = jax.device_put((self.params, self.autoencoder), replicated(mesh))
+            self._places[mesh] = both
+        return self._places[mesh]
 
     def network_calls(
         self,

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from pipelines.extractors import Extractor
-from utils import data, fid
+from utils import compilation, data, fid
 from utils.cli import UserError
 from utils.fid import FeatureStats, Gaussian
 from utils.sharding import agreed, batch_sharding, fetch, make_mesh, replicated
@@ -154,10 +154,26 @@ def _one_ahead(batches: Iterator[Batch], applies: tuple) -> Iterator[tuple[Batch
         yield waiting
 
 
+@compilation.Ahead
 @jax.jit
 def features_of(applies: tuple, pictures: Array) -> tuple[dict[str, Array], ...]:
     """The features of uint8 pictures (n, H, W, C) by each of `applies`, `Extractor.apply`."""
     return tuple(apply(pictures) for apply in applies)
+
+
+def prepare(extractors: Sequence[Extractor], size: int, shape: Sequence[int]) -> None:
+    """Starts to compile `features_of` for batches of `size` pictures (H, W, C), as they are padded.
+
+    A sampler is compiled, or pictures are read, meanwhile.
+    """
+    mesh = make_mesh()
+    here, size = replicated(mesh), -(-size // mesh.size) * mesh.size
+    applies = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here),
+        tuple(e.apply for e in extractors),
+    )
+    pictures = jax.ShapeDtypeStruct((size, *shape), np.uint8, sharding=batch_sharding(mesh))
+    features_of.prepare(applies, pictures)
 
 
 def source_batches(

@@ -26,7 +26,7 @@ from pipelines.quick import QuickDistance
 from pipelines.runs import FREE
 from utils import data, files, flops
 from utils.cli import UserError, absolute, flatten
-from utils.compilation import ahead
+from utils.compilation import Ahead
 from utils.feed import feed
 from utils.figures import grid
 from utils.hosts import Preemption
@@ -93,12 +93,13 @@ def _train(
     write_json(path / "config.json", config.to_dict())
     write_json(path / "card.json", card)
     check_shared(path)
-    step = make_step(config, network.apply, objective, codec.sample, mesh)
+    step = Ahead(make_step(config, network.apply, objective, codec.sample, mesh))
+    # While checkpoints are read, parameters initialised and a cache filled; not before, since GPUs
+    # choose kernels by their speed, and were busy with references.
+    step.prepare(*abstract_arguments(config, dataset, network, mesh))
     return fit(
         config,
-        # While checkpoints are read, parameters initialised and a cache filled; from here on and
-        # not before, since GPUs choose kernels by their speed, and were busy with references.
-        ahead(step, *abstract_arguments(config, dataset, network, mesh)),
+        step,
         mesh=mesh,
         init=network.init,
         batches=batches,

@@ -154,6 +154,9 @@ class PictureYardstick:
         nearest = "nearest" in self.plan.metrics and self._nearest_key in missing
         saved = saved if agreed(bool(saved and not saved.exists())) else None
         first: list[np.ndarray] = []
+        if used:
+            size = min(self.plan.batch_size, n)
+            measure.prepare([e for e, _, _ in used], size, self.shape)
         with _writer(saved, n, self.shape) as write:
             tallies = measure.tally(
                 batches,

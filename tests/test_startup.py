@@ -1,18 +1,24 @@
 """From the command to the first step: what is imported, kept, and compiled ahead."""
 
 import contextlib
+import functools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import digits, toy
-from pipelines import build
+from models.autoencoder import Autoencoder
+from pipelines import build, measure
+from pipelines.extractors import Extractor
+from pipelines.flow import FlowPipeline, make_sampler
 from pipelines.train import abstract_arguments, train
 from utils import compilation, data, sharding
 from utils.feed import feed
@@ -167,8 +173,8 @@ def compiled() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(hear)
 
 
-def double(x):
-    return {"y": 2 * x["x"]}
+def total(x):
+    return x["x"] + x["x"].sum()
 
 
 X = {"x": jax.ShapeDtypeStruct((4,), jnp.float32)}
@@ -176,40 +182,43 @@ X = {"x": jax.ShapeDtypeStruct((4,), jnp.float32)}
 
 def test_what_is_compiled_ahead_is_what_runs():
     """One program, and it takes what it is given, as the ordinary call does."""
+    call = compilation.Ahead(jax.jit(total, donate_argnums=0))
     with compiled() as names:
-        call = compilation.ahead(jax.jit(lambda x: double(x)["y"], donate_argnums=0), X)
+        call.prepare(X)
         x = {"x": jnp.arange(4.0)}
-        assert call(x).tolist() == [0, 2, 4, 6]
+        assert call(x).tolist() == [6, 7, 8, 9]
         assert x["x"].is_deleted()
-        assert call({"x": jnp.ones(4)}).tolist() == [2, 2, 2, 2]
-    assert names.count("<lambda>") == 1
+        assert call({"x": jnp.ones(4)}).tolist() == [5, 5, 5, 5]
+    assert names.count("total") == 1
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (5,), ()])
 def test_other_arguments_are_compiled_as_ever(shape):
-    call = compilation.ahead(jax.jit(double), X)
-    assert call({"x": jnp.ones(shape)})["y"].shape == shape
-    assert call({"x": jnp.ones(4)})["y"].shape == (4,)
+    call = compilation.Ahead(jax.jit(total))
+    call.prepare(X)
+    assert call({"x": jnp.ones(shape)}).shape == shape
+    assert call({"x": jnp.ones(4)}).shape == (4,)
 
 
 def test_arguments_elsewhere_are_compiled_as_ever():
     mesh = make_mesh()
-    split = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=batch_sharding(mesh))
-    call = compilation.ahead(jax.jit(double), {"x": split})
+    call = compilation.Ahead(jax.jit(total))
+    call.prepare({"x": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=batch_sharding(mesh))})
     x = jax.device_put(jnp.arange(8.0), replicated(mesh))
-    assert call({"x": x})["y"].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert call({"x": x}).tolist() == [28, 29, 30, 31, 32, 33, 34, 35]
 
 
 def test_errors_of_tracing_and_of_compiling_are_raised_to_the_caller():
     with pytest.raises(TypeError, match="incompatible shapes"):
-        compilation.ahead(jax.jit(lambda x: x["x"] - jnp.ones(3)), X)
+        compilation.Ahead(jax.jit(lambda x: x["x"] - jnp.ones(3))).prepare(X)
 
     def lacking(x):
         return jax.ffi.ffi_call("no_such_program", X["x"])(x["x"])
 
     with pytest.raises(Exception, match="no_such_program") as plain:
         jax.jit(lacking)({"x": jnp.ones(4)})
-    call = compilation.ahead(jax.jit(lacking), X)
+    call = compilation.Ahead(jax.jit(lacking))
+    call.prepare(X)
     with pytest.raises(plain.type, match="no_such_program"):
         call({"x": jnp.ones(4)})
 
@@ -242,3 +251,73 @@ def test_a_batch_of_pictures_is_as_it_was_said_to_be(cache):
     for name, array in batch.items():
         assert (array.shape, array.dtype) == (said[name].shape, said[name].dtype)
         assert array.sharding.is_equivalent_to(said[name].sharding, array.ndim)
+
+
+# Sampling and evaluation.
+
+
+@functools.cache
+def pipeline() -> FlowPipeline:
+    """A small network with guidance, around parameters of one device."""
+    config = digits.get_config()
+    config.objective = "flow_matching"
+    config.model.update({"depth": 1, "hidden_size": 16, "num_heads": 2, "unroll": 1})
+    card = {"shape": [8, 8, 1], "num_classes": 10, "flops_per_step": 1, "train_steps": 5}
+    built = FlowPipeline.build(config, card)
+    return built.with_params(built.network.init(jax.random.key(0)))
+
+
+def test_features_are_compiled_while_samples_are_and_once():
+    """For what the sampler gives, wherever its pictures lie."""
+
+    def mean(params, pictures):
+        return {"pool": pictures.mean((1, 2), dtype=jnp.float32) * params}
+
+    apply = jax.tree_util.Partial(mean, jnp.float32(2))
+    extractor = Extractor("mean", "", "", "mean", apply, {"pool": 1})
+    with compiled() as names:
+        measure.prepare([extractor], 12, (8, 8, 1))  # two for each of eight devices
+        pictures, _ = pipeline().draw(np.zeros(12, np.int32))
+        applies = jax.device_put((apply,), replicated(make_mesh()))
+        found = measure.features_of(applies, pictures)[0]["pool"]
+    assert names.count("features_of") == 1
+    np.testing.assert_allclose(found, 2 * np.asarray(pictures).mean((1, 2)), rtol=1e-6)
+
+
+def test_parameters_are_put_on_the_devices_once():
+    one = pipeline()
+    placed = one._placed(make_mesh())
+    assert placed is one._placed(make_mesh())
+    for array in jax.tree.leaves(placed):
+        assert array.sharding.is_equivalent_to(replicated(make_mesh()), array.ndim)
+    # What lies right is not copied.
+    again = one.with_params(placed[0])._placed(make_mesh())
+    for a, b in zip(jax.tree.leaves(placed[0]), jax.tree.leaves(again[0]), strict=True):
+        assert [x.data.unsafe_buffer_pointer() for x in a.addressable_shards] == [
+            x.data.unsafe_buffer_pointer() for x in b.addressable_shards
+        ]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_guidance_outside_its_interval_is_not_computed(sampler):
+    """In the compiled program it is one side of a condition, whose other side is half the work."""
+
+    def network(params, z, r, t, label, _):
+        return jnp.tanh(z @ params) * (t + r)[:, None]
+
+    stub = pipeline().network._replace(apply=network, null_label=3)
+    codec = Autoencoder(None, None, jax.tree_util.Partial(lambda x: x))
+    x = jax.ShapeDtypeStruct((6,), jnp.int32)
+    weights = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+
+    def program(guidance: float) -> str:
+        run = make_sampler(stub, (8,))
+        options = (weights, codec, x, x, 0, 4, sampler, guidance, (0.2, 0.7))
+        return run.lower(*options).compile().as_text()
+
+    calls = {"euler": 1, "heun": 2}[sampler]
+    plain, guided = program(1.0), program(2.0)
+    assert plain.count(" conditional(") == 0 and guided.count(" conditional(") == calls
+    found = re.findall(r"= f32\[(\d+),8\]\S* tanh\(.*?op_name=\"([^\"]*)", guided)
+    widths = {(int(n), re.findall(r"branch_(\d)_fun", where)[-1]) for n, where in found}
+    assert widths == {(6, "0"), (12, "1")}  # and none outside the two sides

@@ -14,7 +14,6 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 LIMIT = 10 * 2**30  # bytes of all programs that are kept
@@ -152,33 +151,45 @@ def _tell(error: object) -> None:
     )
 
 
-def ahead(jitted: Any, *abstract: Any) -> Callable:
-    """Compiles `jitted` for arguments like `abstract` in a thread; returns what to call instead.
+class Ahead:
+    """A jitted function, whose programs can be compiled in threads before they are called for.
 
-    The first call waits until it is done. Arguments of other shapes, types or places go to
-    `jitted`, as all do where compiling failed: what is wrong is then raised here, to the caller.
-
-    Args:
-      jitted: `jax.jit` of a function. It is traced at once, so that its errors are raised here.
-      abstract: `jax.ShapeDtypeStruct`s with shardings, in trees.
+    What is wrong with a program is raised where it is called, as without: nothing is kept of a
+    compilation that failed, and arguments that were not prepared for are compiled as ever.
     """
-    lowered, compiled = jitted.lower(*abstract), []
 
-    def compile() -> None:
-        with contextlib.suppress(Exception):
-            compiled.append(lowered.compile())
+    def __init__(self, jitted: Any):
+        """Takes `jax.jit` of a function."""
+        self._jitted = jitted
+        self._threads: list[threading.Thread] = []
 
-    # No daemon: an interpreter that ends while XLA compiles would crash.
-    thread = threading.Thread(target=compile, name="compile")
-    thread.start()
+    def prepare(self, *abstract: Any) -> None:
+        """Starts to compile for arguments like these.
 
-    def call(*args: Any) -> Any:
-        thread.join()
-        if compiled:
-            try:
-                return compiled[0](*args)
-            except (TypeError, ValueError):  # of arguments, before any is used
-                compiled.clear()
-        return jitted(*args)
+        It is traced at once, so that errors of tracing are raised here. What JAX keeps of the
+        traced function is what a call finds; a test sees to it.
 
-    return call
+        Args:
+          abstract: trees of `jax.ShapeDtypeStruct`s with shardings; static arguments as they are.
+        """
+        lowered = self._jitted.lower(*abstract)
+
+        def compile() -> None:
+            with contextlib.suppress(Exception):
+                lowered.compile()
+
+        # No daemon: an interpreter that ends while XLA compiles would crash.
+        thread = threading.Thread(target=compile, name="compile")
+        self._threads.append(thread)
+        thread.start()
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the function once all that was prepared is compiled."""
+        while self._threads:
+            self._threads[-1].join()  # which signals may interrupt
+            self._threads.pop()
+        return self._jitted(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """`jax.jit`'s own."""
+        return self._jitted.lower(*args)
