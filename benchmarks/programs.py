@@ -196,13 +196,20 @@ def on(place: NamedSharding, tree: Any) -> Any:
 
 
 def attention_names(config: ConfigDict) -> tuple[str, str]:
-    """What computes attention in reverse mode, and in forward mode, "auto" resolved."""
+    """What computes attention in reverse mode, and in forward mode, "auto" resolved.
+
+    Raises:
+      UserError: an attention that this machine, type or size cannot have.
+    """
     m, shape = config.model, seen(config)
     sizes = build.dit_sizes(m, shape)
     tokens = shape[0] * shape[1] // sizes["patch_size"] ** 2
     width = sizes["hidden_size"] // sizes["num_heads"]
     case = jax.default_backend(), m.dtype, tokens, width
-    return reverse_attention(m.attention, *case), forward_attention(m.attention_jvp, *case)
+    try:
+        return reverse_attention(m.attention, *case), forward_attention(m.attention_jvp, *case)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def size_name(config: ConfigDict) -> str:

@@ -180,6 +180,7 @@ def config_of(case: Case) -> ConfigDict:
         config.mean_flow.derivative = case.derivative
     build.check_ranges(config)
     programs.size_name(config)
+    programs.attention_names(config)
     return config
 
 
