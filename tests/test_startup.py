@@ -23,6 +23,7 @@ from pipelines.train import abstract_arguments, train
 from utils import compilation, data, sharding
 from utils.feed import feed
 from utils.sharding import batch_sharding, make_mesh, replicated
+from utils.sources import ArraySource
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEPT = """
@@ -321,3 +322,22 @@ def test_guidance_outside_its_interval_is_not_computed(sampler):
     found = re.findall(r"= f32\[(\d+),8\]\S* tanh\(.*?op_name=\"([^\"]*)", guided)
     widths = {(int(n), re.findall(r"branch_(\d)_fun", where)[-1]) for n, where in found}
     assert widths == {(6, "0"), (12, "1")}  # and none outside the two sides
+
+
+def test_batches_from_the_devices_ask_the_host_for_numbers_alone():
+    class Closed(ArraySource):
+        """Items that can be read until they are closed."""
+
+        closed = False
+
+        def gather(self, indices, mirrored=None):
+            assert not self.closed, "read from the host"
+            return super().gather(indices, mirrored)
+
+    source = Closed(np.arange(40, dtype=np.uint8).reshape(-1, 1, 1, 1), np.arange(40) % 10)
+    batches = feed(source, make_mesh(), cache="device", batch_size=16, seed=0, flip=False)(0)
+    next(batches)
+    source.closed = True
+    for _ in range(10):  # four epochs
+        batch = next(batches)
+        assert (batch["x"].ravel() % 10 == batch["label"].astype(np.uint8)).all()
