@@ -4,6 +4,8 @@ Sequence length is height · width / patch². Einsum letters: n sample, h w patc
 p q pixels within a patch, c channel, d width.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -44,8 +46,9 @@ zeros = nn.initializers.zeros_init()
 class DiT(nn.Module):
     """A transformer on patches, modulated by time and label through adaLN-Zero.
 
-    Parameters are float32; `dtype` is that of the blocks' products. Time and label embeddings,
-    normalisation statistics, the softmax and the output stay float32. `attention` is of
+    Parameters are float32; `dtype` is that of the blocks' products, `residual_dtype` that of what
+    the blocks add to. Time and label embeddings, norms, modulation, GELU, the softmax and the
+    output are computed in float32: docs/precision.md has the errors. `attention` is of
     `models.attention`. `remat` says what the backward pass computes again: none, dots (all but the
     products with parameters) or full (each block). `unroll` blocks make one turn of the scan over
     depth: more compile longer, and on CPUs run up to twice as fast.
@@ -60,6 +63,7 @@ class DiT(nn.Module):
     dropout: float = 0.0
     time_inputs: str = "t,t-r"
     dtype: jnp.dtype = jnp.float32
+    residual_dtype: jnp.dtype = jnp.float32
     attention: str = "xla"
     remat: str = "none"
     unroll: int = 1
@@ -84,7 +88,8 @@ class DiT(nn.Module):
         x = patches(z, self.patch_size).astype(self.dtype)
         x = Dense(self.hidden_size, xavier, self.dtype, name="patch")(x)
         grid = height // self.patch_size, width // self.patch_size
-        x += jnp.asarray(positions(*grid, self.hidden_size), self.dtype)[None]
+        x = x.astype(jnp.float32) + positions(*grid, self.hidden_size)[None]
+        x = x.astype(self.residual_dtype)
         x = self._blocks()(x, c, dropout_keys, jnp.arange(self.depth))[0]
         x = Head(self.patch_size**2 * channels, self.dtype, name="head")(x, c)
         return pixels(x, *grid, self.patch_size)
@@ -122,10 +127,10 @@ class Block(nn.Module):
         shift, scale, gate = modulation[:3]
         heads = Attention(self.num_heads, self.dtype, self.attention, name="attention")
         h = heads(x, shift, scale)
-        x += gate * dropout(h, self.dropout, dropout_keys, 2 * layer)
+        x = gated(x, gate, dropout(h, self.dropout, dropout_keys, 2 * layer))
         shift, scale, gate = modulation[3:]
         h = MLP(self.mlp_ratio, self.dtype, name="mlp")(x, shift, scale)
-        x += gate * dropout(h, self.dropout, dropout_keys, 2 * layer + 1)
+        x = gated(x, gate, dropout(h, self.dropout, dropout_keys, 2 * layer + 1))
         return x, None
 
 
@@ -185,6 +190,13 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
     """Layer norm without parameters, then x · (1 + scale) + shift, float32."""
     x, shift, scale = (a.astype(jnp.float32) for a in (x, shift, scale))
     return jax.nn.standardize(x, epsilon=1e-6) * (1 + scale) + shift
+
+
+@partial(jax.checkpoint, prevent_cse=False)  # keeps h as it came, not in float32
+def gated(x: Array, gate: Array, h: Array) -> Array:
+    """x + gate · h, in float32 and then of x's type."""
+    out = x.astype(jnp.float32) + gate.astype(jnp.float32) * h.astype(jnp.float32)
+    return out.astype(x.dtype)
 
 
 def gelu(x: Array) -> Array:
