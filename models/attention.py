@@ -28,10 +28,11 @@ from jax.experimental import pallas as pl
 REVERSE = ("xla", "cudnn", "splash")  # for values and gradients
 FORWARD = ("xla", "fused")  # for values and derivatives in forward mode, jax.jvp
 
-SMALL = 512  # tokens up to which XLA's matrix of tokens × tokens costs less than a kernel's blocks
+SMALL = 512  # tokens up to which XLA's matrix is small; also the most of a kernel's block
 LANES = 128  # of a TPU's registers
 VMEM = 12 * 2**20  # bytes of a TPU core's 16 MiB or more; the rest is for what is computed
-HIDDEN = -1e30  # the score of a key that is padding; −inf would make NaN of −inf − (−inf)
+MEND = "--model.attention=xla, or auto"
+HIDDEN = -1e30  # the score of a key that is padding; finite, so that no difference is NaN
 
 State = tuple[Array, ...]
 
@@ -46,7 +47,7 @@ def attention(q: Array, k: Array, v: Array, implementation: str = "xla") -> Arra
     Returns:
       (n, tokens, heads, d) of q's type.
     Raises:
-      ValueError: no such implementation.
+      ValueError: no such implementation; or, by JAX, a derivative that this one does not have.
     """
     if implementation == "xla":
         return jax.nn.dot_product_attention(q, k, v, implementation="xla")
@@ -77,14 +78,14 @@ def reverse_attention(name: str, platform: str, dtype: str, tokens: int, d: int)
             return "cudnn"
         return "splash" if platform == "tpu" and tokens > SMALL else "xla"
     if name == "cudnn" and platform != "gpu":
-        raise ValueError(f"model.attention=cudnn needs a GPU, not {platform}: {_MEND}")
+        raise ValueError(f"model.attention=cudnn needs a GPU, not {platform}: {MEND}")
     if name == "cudnn" and not for_cudnn:
         raise ValueError(
             "model.attention=cudnn needs bfloat16 and heads of a multiple of 8, at most 128, wide, "
-            f"not {dtype} and {d}: --model.dtype=bfloat16, or {_MEND}"
+            f"not {dtype} and {d}: --model.dtype=bfloat16, or {MEND}"
         )
     if name == "splash" and platform != "tpu":
-        raise ValueError(f"model.attention=splash needs a TPU, not {platform}: {_MEND}")
+        raise ValueError(f"model.attention=splash needs a TPU, not {platform}: {MEND}")
     return name
 
 
@@ -93,9 +94,6 @@ def forward_attention(name: str, platform: str, dtype: str, tokens: int, d: int)
     if name == "auto":
         return "fused" if platform == "tpu" and tokens > SMALL else "xla"
     return name
-
-
-_MEND = "--model.attention=xla, or auto"
 
 
 # Reverse mode on TPUs: the kernel that comes with JAX.
