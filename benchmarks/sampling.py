@@ -3,7 +3,8 @@
     python benchmarks/sampling.py       # a small network, two CPU cores, below two minutes
     python benchmarks/sampling.py --size=B/2,XL/2 --batch_size=256 --dtype=bfloat16 --steps=1,2,4 \\
         --guidance=1,2 --decode=float32,bfloat16 --features --json=sampling.jsonl   # a GPU or TPU
-    python benchmarks/sampling.py --image_size=64 --decode=float32 --batch_size=2   # CPUs, a minute
+    python benchmarks/sampling.py --size=S/2 --image_size=32 --batch_size=1 --guidance=1 \\
+        --steps=1 --decode=float32 --features --rounds=2     # all of it on a CPU, some minutes
     python benchmarks/sampling.py --size=B/2 --steps=50 --sampler=euler,heun --guidance=1,4
     python benchmarks/sampling.py --size=B/2,XL/2 --batch_size=256 --count       # any machine
 

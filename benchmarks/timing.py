@@ -25,7 +25,10 @@ MOST_TURNS = 200  # of a block: that many steps may be in flight
 
 
 def interleaved(
-    cases: dict[Any, Callable[[], Any]], rounds: int, seconds: float
+    cases: dict[Any, Callable[[], Any]],
+    rounds: int,
+    seconds: float,
+    reset: Callable[[], None] = lambda: None,
 ) -> tuple[dict[Any, list[float]], dict[Any, str]]:
     """Seconds per call of each case, round by round, and what failed for lack of memory.
 
@@ -34,21 +37,23 @@ def interleaved(
 
     Args:
       cases: functions that start work on the devices and return what is to be waited for.
+      reset: called where one failed, as what the cases share may be lost.
     """
-    times: dict[Any, list[float]] = {}
+    times: dict[Any, list[float]] = {name: [] for name in cases}
     failed: dict[Any, str] = {}
     counts: dict[Any, int] = {}
-    for name, call in cases.items():
-        try:
-            block(call, 1)  # the first may load kernels
-            counts[name] = turns(block(call, 2), seconds)
-            times[name] = []
-        except jax.errors.JaxRuntimeError as error:
-            failed[name] = out_of_memory(error)
-    for _ in range(rounds):
-        for name in times:
-            times[name].append(block(cases[name], counts[name]))
-    return times, failed
+    for number in range(-1, rounds):
+        for name in [name for name in cases if name not in failed]:
+            try:
+                if number < 0:
+                    block(cases[name], 1)  # the first may load kernels
+                    counts[name] = turns(block(cases[name], 1), seconds)
+                else:
+                    times[name].append(block(cases[name], counts[name]))
+            except jax.errors.JaxRuntimeError as error:
+                failed[name] = out_of_memory(error)
+                reset()
+    return {name: times[name] for name in cases if name not in failed}, failed
 
 
 def turns(once: float, seconds: float) -> int:

@@ -212,7 +212,7 @@ def measure(
             case: functools.partial(state.step, made.compiled, batches[case.batch])
             for case, made in fit.items()
         }
-        rounds, failed = timing.interleaved(calls, ROUNDS.value, SECONDS.value)
+        rounds, failed = timing.interleaved(calls, ROUNDS.value, SECONDS.value, state.reset)
         for case, note in failed.items():
             prepared[case].row["note"] = note
         kinds = profiled({case: calls[case] for case in rounds}, prepared)
@@ -224,7 +224,7 @@ def measure(
 class Shared:
     """The state that all cases of a size take turns with: of the same shapes, whatever is trained.
 
-    A step uses up the state it is given. Where one fails, the next case begins anew.
+    A step uses up the state it is given.
     """
 
     def __init__(self, make: Callable[[], Any]):
@@ -235,12 +235,12 @@ class Shared:
         """Starts a step; returns its metrics."""
         if self.state is None:
             self.state = self.make()
-        try:
-            self.state, metrics = compiled(self.state, batch)
-        except jax.errors.JaxRuntimeError:
-            self.state = None
-            raise
+        self.state, metrics = compiled(self.state, batch)
         return metrics
+
+    def reset(self) -> None:
+        """Forgets the state, which a step that failed may have used up."""
+        self.state = None
 
 
 def prepare(case: Case, config: ConfigDict, mesh: Mesh) -> Prepared:

@@ -161,10 +161,10 @@ def full() -> None:
 def test_what_does_not_fit_is_a_note_and_the_others_take_their_turns():
     order = []
     cases = {"a": lambda: order.append("a"), "full": full, "b": lambda: order.append("b")}
-    times, failed = timing.interleaved(cases, rounds=3, seconds=0.0)
+    times, failed = timing.interleaved(cases, 3, 0.0, reset=lambda: order.append("anew"))
     assert failed == {"full": "out of memory"}
     assert {name: len(rounds) for name, rounds in times.items()} == {"a": 3, "b": 3}
-    assert order[-6:] == ["a", "b"] * 3
+    assert order == ["a", "a", "anew", "b", "b", *["a", "b"] * 3]
 
 
 def test_other_errors_are_no_lack_of_memory():
