@@ -1,9 +1,9 @@
-"""How far u and du/dt in bfloat16 lie from float32, by what is computed in which type.
+"""How far u and du/dt in bfloat16 lie from float32, and what each choice keeps in memory.
 
     python benchmarks/precision.py [--workdir=RUN,RUN] [--json=out.jsonl]    # a minute of a CPU
-    python benchmarks/precision.py --size= --workdir=pretrained/digits_mean_flow
+    python benchmarks/precision.py --size= --kept= --workdir=pretrained/digits_mean_flow
 
-Rows: B/4 (--size) with every weight drawn from N(0, 0.02²), the ones that start at zero included,
+Errors: B/4 (--size) with every weight drawn from N(0, 0.02²), the ones that start at zero included,
 since with those at zero du/dt is 0; then each run of MeanFlow given, after its training. Errors are
 relative, ‖found − right‖ / ‖right‖ over a batch, against float32 with products as precise as the
 device has them (on CPUs that is what float32 is; GPUs and TPUs round what they multiply):
@@ -12,7 +12,11 @@ device has them (on CPUs that is what float32 is; GPUs and TPUs round what they 
 - z lies between noise and the network's own samples in --steps steps (normal numbers for the drawn
   weights), t uniform in [0, 1], r uniform below it.
 
-Prints a Markdown table. How much memory the choices keep is in docs/precision.md.
+Memory: GiB that --batch_size samples keep of the forward pass for the backward pass at each size
+of --kept, by type and by model.remat, counted in the jaxpr. "of it attention" are the arrays of
+tokens × tokens, which attention in XLA keeps and the others do not.
+
+Prints Markdown tables; docs/precision.md has them.
 """
 
 import dataclasses
@@ -29,6 +33,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from jax import Array
+from jax.extend.core import Literal
 
 from flows.guidance import guided_velocity
 from flows.samplers import SAMPLERS, uniform_grid
@@ -42,12 +47,17 @@ SIZE = flags.DEFINE_string("size", "B/4", "Of the network with drawn weights; em
 WORKDIR = flags.DEFINE_list("workdir", [], "Runs of MeanFlow, or exported models.")
 NUM = flags.DEFINE_integer("num", 16, "Samples.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 4, "Of the samples that z is made of.", lower_bound=1)
+KEPT = flags.DEFINE_list("kept", ["B/4", "B/2", "XL/2"], "Sizes whose memory is counted.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Samples that memory is for.", lower_bound=1)
 JSON = flags.DEFINE_string("json", "", "A file to which a JSON line per row is added.")
 CHOICES = {  # products, residual stream
     ("float32", "float32"): "float32",
     ("bfloat16", "float32"): "bfloat16, residual stream float32",
     ("bfloat16", "bfloat16"): "bfloat16",
 }
+SIZES_HEAD = """
+| GiB kept | computed in | none | of it attention | dots | full |
+| --- | --- | --- | --- | --- | --- |"""
 HEAD = "| network | computed in | u | du/dt | v − (t − r) du/dt |\n| --- | --- | --- | --- | --- |"
 
 
@@ -73,9 +83,30 @@ def main(_) -> None:
         for row in rows(case):
             errors = " | ".join(f"{row[key]:.3%}" for key in ("u", "du_dt", "target"))
             print(f"| {row['network']} | {row['computed_in']} | {errors} |", flush=True)
-            if JSON.value:
-                with open(JSON.value, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row | {"hardware": hardware()}) + "\n")
+            write(row)
+    print(SIZES_HEAD)
+    for row in (memory(known(size), types) for size in KEPT.value for types in CHOICES):
+        sizes = " | ".join(f"{row[key]:.1f}" for key in ("none", "attention", "dots", "full"))
+        print(f"| {row['size']} | {row['computed_in']} | {sizes} |", flush=True)
+        write(row)
+
+
+def write(row: dict[str, Any]) -> None:
+    """Adds a row to the file of --json."""
+    if JSON.value:
+        with open(JSON.value, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row | {"hardware": hardware()}) + "\n")
+
+
+def known(size: str) -> str:
+    """The size.
+
+    Raises:
+      UserError: there is none of the name.
+    """
+    if size not in SIZES:
+        raise UserError(f"no size {size!r}: one of {', '.join(SIZES)}, or empty for none")
+    return size
 
 
 def hardware() -> str:
@@ -91,10 +122,8 @@ def cases() -> Iterator[Case]:
     Raises:
       UserError: an unknown size, or a run that is none of MeanFlow on pictures.
     """
-    if SIZE.value and SIZE.value not in SIZES:
-        raise UserError(f"--size={SIZE.value}: one of {', '.join(SIZES)}, or empty")
     if SIZE.value:
-        yield drawn(SIZE.value, NUM.value)
+        yield drawn(known(SIZE.value), NUM.value)
     for path in WORKDIR.value:
         yield trained(path, NUM.value, STEPS.value)
 
@@ -174,6 +203,39 @@ def outputs(case: Case, products: Any, residual: Any) -> dict[str, Array]:
 def error(found: Array, right: Array) -> float:
     """‖found − right‖ / ‖right‖, over all."""
     return float(jnp.linalg.norm(found - right) / jnp.linalg.norm(right))
+
+
+def memory(size: str, types: tuple[str, str]) -> dict[str, Any]:
+    """GiB kept without remat, of it by attention, and with each kind of remat."""
+    products, residual = map(jnp.dtype, types)
+    module = DiT(**SIZES[size], num_classes=1000, dtype=products, residual_dtype=residual)
+    found = {"size": size, "computed_in": CHOICES[types], "batch_size": BATCH_SIZE.value}
+    found["none"], found["attention"] = kept(module, BATCH_SIZE.value)
+    return found | {
+        remat: kept(module.clone(remat=remat), BATCH_SIZE.value)[0] for remat in ("dots", "full")
+    }
+
+
+def kept(module: DiT, n: int) -> tuple[float, float]:
+    """GiB of what `jax.vjp` returns beside its inputs, and of those that are tokens × tokens."""
+
+    def pullback(params: Any, *inputs: Array) -> Callable:
+        return jax.vjp(lambda params: module.apply(params, *inputs), params)[1]
+
+    z, t = (
+        jax.ShapeDtypeStruct((n, 32, 32, 4), jnp.float32),
+        jax.ShapeDtypeStruct((n,), jnp.float32),
+    )
+    inputs = z, t, t, jax.ShapeDtypeStruct((n,), jnp.int32)
+    params = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    jaxpr = jax.make_jaxpr(pullback)(params, *inputs).jaxpr
+    made = {v for v in jaxpr.outvars if not isinstance(v, Literal)} - set(jaxpr.invars)
+    tokens = (32 // module.patch_size) ** 2
+    pairs = [v for v in made if v.aval.shape[-2:] == (tokens, tokens)]
+    size, of_it = (
+        sum(v.aval.size * v.aval.dtype.itemsize for v in group) for group in (made, pairs)
+    )
+    return size / 2**30, of_it / 2**30
 
 
 if __name__ == "__main__":
