@@ -297,8 +297,8 @@ def abstract(tokens, d, heads, n, dtype, sharding=None):
 @pytest.mark.parametrize(("tokens", "d", "dtype"), [(256, 64, "bfloat16"), (257, 72, "float32")])
 def test_it_lowers_for_gpus(tokens, d, dtype):
     """To Triton's language; whether it runs there only a GPU can tell."""
-    traced = jax.jit(functools.partial(jvp, fused)).trace(*abstract(tokens, d, 2, 1, dtype))
     with described_gpu():
+        traced = jax.jit(functools.partial(jvp, fused)).trace(*abstract(tokens, d, 2, 1, dtype))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("fused_attention_jvp") and "triton" in text
     assert f"{tokens}x{tokens}" not in text
