@@ -48,10 +48,10 @@ oracles: $(venv) ## parity with torch implementations; installs torch and others
 	$(py) -m pytest -n 0 tests/oracles
 
 # The compiler for TPUs runs on any x86 machine with Linux; no TPU is needed.
-topologies: $(venv) ## what crosses between a TPU's chips, by its compiler; installs 700 MB into .venv
+topologies: $(venv) ## what TPUs' compiler makes of steps and kernels; installs 700 MB into .venv
 	@$(py) -c "import libtpu" 2>/dev/null || $(py) -m pip install \
 	    --disable-pip-version-check -c requirements.txt -e ".[tpu]"
-	TOPOLOGIES=1 $(py) -m pytest -n 0 tests/test_compile.py -k "v5e"
+	TOPOLOGIES=1 $(py) -m pytest -n 2 tests/test_compile.py tests/test_attention.py -k "v5e or v6e"
 
 lint: $(venv) ## ruff and mypy
 	$(py) -m ruff check .

@@ -41,6 +41,8 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# What was compiled for a topology cannot be read back.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax

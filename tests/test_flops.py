@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from models.attention import fused
 from models.dit import SIZES, DiT
 from utils.flops import count
 
@@ -28,6 +29,12 @@ def test_a_condition_counts_its_dearer_branch():
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
 
     assert count(function, jnp.ones((2, 4))) == 2 * 2 * 2 * 4 * 4
+
+
+def test_a_kernel_counts_its_body_at_each_point_of_its_grid():
+    """q kᵀ and p v, for each sample and head; the sizes are such that no kernel pads them."""
+    q = jnp.ones((2, 128, 3, 16))
+    assert count(fused, q, q, q) == 2 * 3 * 2 * (2 * 128 * 128 * 16)
 
 
 def test_convolution():

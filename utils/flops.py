@@ -1,7 +1,8 @@
 """Floating-point operations of a function, counted in its jaxpr.
 
 Model FLOPs: matrix products and convolutions, two per multiply-add, a scan's body as often as it
-runs. Compiled programs count a scan's body once, and recomputation as work, so they do not compare.
+runs, a Pallas kernel's at each point of its grid. Compiled programs count a scan's body once, and
+recomputation as work, so they do not compare.
 """
 
 import math
@@ -32,7 +33,14 @@ def _equation(equation) -> int:
     inner = [_jaxpr(j) for value in equation.params.values() for j in _jaxprs(value)]
     if equation.primitive.name == "cond":
         return max(inner)
-    return sum(inner) * equation.params.get("length", 1)
+    return sum(inner) * equation.params.get("length", 1) * _turns(equation)
+
+
+def _turns(equation) -> int:
+    """How often a Pallas kernel's body runs: the points of its grid."""
+    if equation.primitive.name != "pallas_call":
+        return 1
+    return math.prod(equation.params["grid_mapping"].grid)
 
 
 def _jaxprs(value) -> list[Jaxpr]:
