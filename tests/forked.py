@@ -126,7 +126,6 @@ def _become(words: list[str], cwd: str, out: int, err: int) -> None:
 
 if __name__ == "__main__":
     # What the commands import takes seconds; none of it defines their flags.
-    import sklearn.datasets  # noqa: F401
     import tensorflow_datasets  # noqa: F401
 
     import pipelines.prepare
