@@ -146,7 +146,8 @@ class Attention(nn.Module):
         """x (n, tokens, d), shift and scale (n, 1, d) → (n, tokens, d)."""
         n, tokens, d = x.shape
         qkv = Dense(3 * d, xavier, self.dtype, before=modulate, name="qkv")(x, shift, scale)
-        q, k, v = jnp.unstack(qkv.reshape(n, tokens, 3, self.num_heads, -1), axis=2)
+        parts = jnp.split(qkv, 3, axis=-1)  # before heads are told apart: kernels then need no copy
+        q, k, v = (part.reshape(n, tokens, self.num_heads, -1) for part in parts)
         h = attention(q, k, v, self.implementation)
         h = h.reshape(n, tokens, d)
         return Dense(d, xavier, self.dtype, name="out")(h)

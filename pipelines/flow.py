@@ -115,6 +115,8 @@ class FlowPipeline:
         copy = folder / build.AUTOENCODER
         config.autoencoder = autoencoder or (str(copy) if copy.is_dir() else config.autoencoder)
         files.check_local(autoencoder=config.autoencoder)
+        # The kernels it was trained with are of the machine that trained it.
+        config.model.update({"attention": "auto", "attention_jvp": "auto"})
         return cls.build(config, card)
 
     def load(

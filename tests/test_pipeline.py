@@ -84,6 +84,18 @@ def test_saved_and_loaded(tmp_path, dtype, apart):
         pipeline().save_pretrained(tmp_path / "model")
 
 
+def test_a_folder_serves_on_other_machines_than_it_was_trained_on(tmp_path):
+    """Kernels of a TPU or GPU in its config, and `remat` as older versions wrote it."""
+    pipeline().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"] |= {"attention": "splash", "attention_jvp": "fused", "remat": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = FlowPipeline.from_pretrained(tmp_path)
+    assert loaded.config.model.remat == "full"
+    difference = loaded(LABELS).astype(int) - pipeline()(LABELS)
+    assert np.abs(difference).max() <= 1
+
+
 def test_a_folder_that_cannot_serve_says_why(tmp_path):
     with pytest.raises(UserError, match="no run and no exported model"):
         FlowPipeline.from_pretrained(tmp_path / "nowhere")
