@@ -6,6 +6,7 @@ up. Shapes alone are enough to compile and count (`jax.ShapeDtypeStruct`), so th
 network needs no memory for it.
 """
 
+import functools
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -123,8 +124,13 @@ def codec(config: ConfigDict, weights: bool = False) -> autoencoders.Autoencoder
     if not config.use_stable_vae:
         return autoencoders.pixels()
     network = SD_VAE.clone(dtype=jnp.dtype(config.autoencoder_dtype))
-    make = jax.jit(network.init) if weights else lambda *a: jax.eval_shape(network.init, *a)
-    params = make(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    picture = jnp.zeros((1, 64, 64, 3))
+
+    def init(key: jax.Array) -> Any:
+        return network.init(key, picture)["params"]
+
+    make = functools.partial(random, init) if weights else functools.partial(jax.eval_shape, init)
+    params = make(jax.random.key(0))
     scale = autoencoders.Scale.of({}, network.latent_channels, KL_SCALING)
     return autoencoders.kl(network, params, scale, config.autoencoder_slice * jax.device_count())
 

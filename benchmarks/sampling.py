@@ -62,7 +62,7 @@ GUIDANCE = flags.DEFINE_list("guidance", ["1", "2"], "Scales of classifier-free 
 DECODE = flags.DEFINE_list("decode", ["none"], "Of none, float32, bfloat16: the autoencoder's.")
 FEATURES = flags.DEFINE_boolean("features", False, "Inception's features of the pictures, too.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "In which all rows take turns.", lower_bound=1)
-SECONDS = flags.DEFINE_float("seconds", 1.0, "That a block of batches lasts.", lower_bound=0.0)
+SECONDS = flags.DEFINE_float("seconds", 0.5, "That a block of batches lasts.", lower_bound=0.0)
 COUNT = flags.DEFINE_boolean("count", False, "Compiles and counts, and runs nothing.")
 JSON = flags.DEFINE_string("json", "", "A file to which a JSON line per row is added.")
 
@@ -257,8 +257,8 @@ def features(mesh: Mesh) -> Callable[[jax.Array], Any]:
     """Inception with random weights: uint8 pictures → features, in FID's resize."""
     network = inception.Inception()
     picture = jnp.zeros((1, inception.SIDE, inception.SIDE, 3))
-    make = jax.jit(network.init, out_shardings=replicated(mesh))
-    weights = make(jax.random.key(0), picture)
+    weights = programs.random(lambda key: network.init(key, picture), jax.random.key(0))
+    weights = jax.device_put(jax.tree.map(jnp.abs, weights), replicated(mesh))  # variances, too
     apply = jax.jit(lambda weights, x: network.apply(weights, inception.tf(x)))
     return functools.partial(apply, weights)
 

@@ -67,7 +67,7 @@ ATTENTION = flags.DEFINE_list(
 )
 REMAT = flags.DEFINE_list("remat", [], "Of none, dots, full; none given: the config's.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "In which all cases take turns.", lower_bound=1)
-SECONDS = flags.DEFINE_float("seconds", 1.0, "That a block of steps lasts.", lower_bound=0.0)
+SECONDS = flags.DEFINE_float("seconds", 0.5, "That a block of steps lasts.", lower_bound=0.0)
 COUNT = flags.DEFINE_boolean("count", False, "Compiles and counts, and runs nothing.")
 PROFILE = flags.DEFINE_string("profile", "", "A folder for a trace of each case.")
 JSON = flags.DEFINE_string("json", "", "A file to which a JSON line per row is added.")
