@@ -50,7 +50,7 @@ def attention(q: Array, k: Array, v: Array, implementation: str = "xla") -> Arra
       ValueError: no such implementation; or, by JAX, a derivative that this one does not have.
     """
     if implementation == "xla":
-        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+        return _xla(q, k, v)
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     if implementation == "splash":
@@ -94,6 +94,12 @@ def forward_attention(name: str, platform: str, dtype: str, tokens: int, d: int)
     if name == "auto":
         return "fused" if platform == "tpu" and tokens > SMALL else "xla"
     return name
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
+def _xla(q: Array, k: Array, v: Array) -> Array:
+    """In XLA's form; of tokens × tokens the scores alone are kept for a pass backward."""
+    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
 
 
 # Reverse mode on TPUs: the kernel that comes with JAX.
