@@ -14,7 +14,7 @@ device has them (on CPUs that is what float32 is; GPUs and TPUs round what they 
 
 Memory: GiB that --batch_size samples keep of the forward pass for the backward pass at each size
 of --kept, by type and by model.remat, counted in the jaxpr. "of it attention" are the arrays of
-tokens × tokens, which attention in XLA keeps and the others do not.
+tokens × tokens, its scores, which attention in XLA keeps and the others do not.
 
 Prints Markdown tables; docs/precision.md has them.
 """
@@ -231,11 +231,16 @@ def kept(module: DiT, n: int) -> tuple[float, float]:
     jaxpr = jax.make_jaxpr(pullback)(params, *inputs).jaxpr
     made = {v for v in jaxpr.outvars if not isinstance(v, Literal)} - set(jaxpr.invars)
     tokens = (32 // module.patch_size) ** 2
-    pairs = [v for v in made if v.aval.shape[-2:] == (tokens, tokens)]
+    pairs = [v for v in made if _several(v.aval.shape)[2:][-2:] == (tokens, tokens)]
     size, of_it = (
         sum(v.aval.size * v.aval.dtype.itemsize for v in group) for group in (made, pairs)
     )
     return size / 2**30, of_it / 2**30
+
+
+def _several(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without its axes of length 1."""
+    return tuple(size for size in shape if size > 1)
 
 
 if __name__ == "__main__":
