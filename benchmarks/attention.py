@@ -88,6 +88,7 @@ def main(_) -> None:
     """Measures and prints."""
     if TOPOLOGY.value and not COUNT.value:
         raise UserError(f"--topology={TOPOLOGY.value} has no devices to run on: add --count")
+    timing.add_lines(JSON.value, [])  # mistakes before anything is measured
     jax.config.update("jax_enable_compilation_cache", False)  # compile_s would be the disk's
     cases, place, about = list(asked()), sharding(), timing.about()
     about |= {"topology": TOPOLOGY.value}

@@ -20,7 +20,6 @@ Prints Markdown tables; docs/precision.md has them.
 """
 
 import dataclasses
-import json
 import pathlib
 import platform
 import sys
@@ -35,6 +34,7 @@ from absl import flags
 from jax import Array
 from jax.extend.core import Literal
 
+from benchmarks import timing
 from flows.guidance import guided_velocity
 from flows.samplers import SAMPLERS, uniform_grid
 from models.dit import SIZES, DiT
@@ -78,6 +78,7 @@ class Case:
 
 def main(_) -> None:
     """Measures and prints."""
+    timing.add_lines(JSON.value, [])
     print(f"\n{hardware()}\n\n{HEAD}", flush=True)
     for case in cases():
         for row in rows(case):
@@ -93,9 +94,7 @@ def main(_) -> None:
 
 def write(row: dict[str, Any]) -> None:
     """Adds a row to the file of --json."""
-    if JSON.value:
-        with open(JSON.value, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"hardware": hardware()}) + "\n")
+    timing.add_lines(JSON.value, [row | {"hardware": hardware()}])
 
 
 def known(size: str) -> str:

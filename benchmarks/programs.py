@@ -211,7 +211,7 @@ def attention_names(config: ConfigDict) -> tuple[str, str]:
     sizes = build.dit_sizes(m, shape)
     tokens = shape[0] * shape[1] // sizes["patch_size"] ** 2
     width = sizes["hidden_size"] // sizes["num_heads"]
-    case = jax.default_backend(), m.dtype, tokens, width
+    case = build.this_platform(), m.dtype, tokens, width
     try:
         return reverse_attention(m.attention, *case), forward_attention(m.attention_jvp, *case)
     except ValueError as error:

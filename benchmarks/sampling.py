@@ -93,6 +93,7 @@ class Prepared(NamedTuple):
 
 def main(_) -> None:
     """Measures and prints."""
+    timing.add_lines(JSON.value, [])  # mistakes before anything is measured
     jax.config.update("jax_enable_compilation_cache", False)  # compile_s would be the disk's
     cases, mesh, about = list(asked()), make_mesh(), timing.about()
     for case in cases:

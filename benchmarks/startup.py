@@ -9,7 +9,6 @@ the cold one left there; both end with the first row of metrics.jsonl, which wai
 Everything is written to a temporary folder and removed.
 """
 
-import json
 import os
 import pathlib
 import platform
@@ -24,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from absl import flags
 
+from benchmarks import timing
 from utils import cli, compilation
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -41,6 +41,7 @@ LONGEST = 1800  # seconds until a first step
 
 def main(_: Sequence[str]) -> None:
     """Measures all commands and prints the table."""
+    timing.add_lines(JSON.value, [])
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
     print(f"| seconds | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     for name, modules in IMPORTS.items():
@@ -51,9 +52,7 @@ def main(_: Sequence[str]) -> None:
         row |= first_steps(name) if name in TRAINS else {}
         told = [f"{row[column]:.2f}" if column in row else "" for column in COLUMNS]
         print(f"| {name} | {' | '.join(told)} |", flush=True)
-        if JSON.value:
-            with pathlib.Path(JSON.value).open("a") as file:
-                file.write(json.dumps({"command": name, "config": CONFIG.value, **row}) + "\n")
+        timing.add_lines(JSON.value, [{"command": name, "config": CONFIG.value, **row}])
 
 
 def least(command: Sequence[str]) -> float:

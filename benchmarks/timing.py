@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 
+from utils.cli import UserError
+
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -149,10 +151,20 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def add_lines(file: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Adds a JSON line per row to a file; "" for none."""
-    if file:
+    """Adds a JSON line per row to a file; "" for none. No rows: sees whether that can be done.
+
+    Raises:
+      UserError: it cannot be written to.
+    """
+    if not file:
+        return
+    try:
         with open(file, "a", encoding="utf-8") as opened:
             opened.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(
+            f"--json={file}: {error.strerror}: name a file that can be written"
+        ) from error
 
 
 def say(text: str) -> None:

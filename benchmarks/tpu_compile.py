@@ -53,6 +53,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
+from benchmarks import timing
 from models import autoencoder as autoencoders
 from models import inception
 from models.autoencoder_kl import AutoencoderKL
@@ -114,14 +115,13 @@ def main(_) -> None:
     overrides = [w.removeprefix("--config.") for w in sys.argv if w.startswith("--config.")]
     config = CONFIG.value
     build.check_ranges(config)
+    timing.add_lines(JSON.value, [])
     devices = abstract_devices(TOPOLOGY.value)
     mesh = mesh_of(config, devices)
     for what in WHAT.value:
         found = {"config": name, "overrides": overrides} | measure(what, config, mesh)
         print(told(found), flush=True)
-        if JSON.value:
-            with open(JSON.value, "a", encoding="utf-8") as file:
-                file.write(json.dumps(found) + "\n")
+        timing.add_lines(JSON.value, [found])
 
 
 def abstract_devices(topology: str) -> list:

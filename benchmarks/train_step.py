@@ -16,7 +16,7 @@ with 1000 classes) and every weight drawn from N(0, 0.02²). Keys of the config 
 
 - `guidance` is κ, at ω = 1; `derivative` is MeanFlow's mean_flow.derivative: apart, or plain, one
   jvp over the whole batch, to compare with. `attention` is that of the pass backward and, where
-  du/dt has one of its own, that of the pass in forward mode.
+  du/dt has another, that; the plain form has XLA's for u and du/dt, which no other can do.
 - `flops`: of the model in a step, counted in the jaxpr: a scan's body times its length, attention
   as XLA computes it, nothing computed again.
 - `temp_bytes`: memory that a step needs on a device beside its arguments; `peak_bytes` (JSON) with
@@ -105,6 +105,7 @@ class Prepared(NamedTuple):
 
 def main(_) -> None:
     """Measures and prints."""
+    timing.add_lines(JSON.value, [])  # mistakes before anything is measured
     jax.config.update("jax_enable_compilation_cache", False)  # compile_s would be the disk's
     cases, mesh = list(asked()), make_mesh(CONFIG.value.mesh.data, CONFIG.value.mesh.fsdp)
     configs = {case: config_of(case) for case in cases}  # mistakes before anything is compiled
@@ -170,8 +171,6 @@ def config_of(case: Case) -> ConfigDict:
     config = programs.sized(CONFIG.value, case.size)
     config.batch_size = case.batch
     reverse, _, forward = case.attention.partition("/")
-    if case.derivative == "plain":
-        reverse, forward = "xla", "xla"  # a jvp under a gradient, which no kernel has
     config.model.update({"dtype": case.dtype, "attention": reverse, "remat": case.remat})
     if forward:
         config.model.attention_jvp = forward
@@ -246,7 +245,8 @@ class Shared:
 def prepare(case: Case, config: ConfigDict, mesh: Mesh) -> Prepared:
     """Compiles a case's step on shapes, and counts."""
     reverse, forward = programs.attention_names(config)
-    own = case.derivative == "apart"
+    if case.derivative == "plain":
+        forward = "xla"  # of u and du/dt, a jvp under a gradient; guidance has the other
     row = {
         "objective": case.objective,
         "size": programs.size_name(config),
@@ -254,7 +254,7 @@ def prepare(case: Case, config: ConfigDict, mesh: Mesh) -> Prepared:
         "guidance": case.kappa,
         "derivative": case.derivative,
         "dtype": case.dtype,
-        "attention": f"{reverse}/{forward}" if own and forward != reverse else reverse,
+        "attention": f"{reverse}/{forward}" if case.derivative and forward != reverse else reverse,
         "remat": case.remat,
     }
     timing.say("compiling " + " ".join(str(value) for value in row.values() if value != ""))

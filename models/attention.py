@@ -65,13 +65,12 @@ def reverse_attention(name: str, platform: str, dtype: str, tokens: int, d: int)
 
     Args:
       name: of REVERSE, or "auto".
-      platform: as jax.default_backend() names it: cpu, gpu or tpu.
+      platform: cpu, gpu (of those that cuDNN's attention runs on), other_gpu or tpu.
       dtype: of q, k and v.
       tokens, d: their length, and the width of a head.
     Raises:
       ValueError: the platform, type or width cannot do it; one line that names the mend.
     """
-    platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
     for_cudnn = dtype in ("bfloat16", "float16") and d % 8 == 0 and d <= 128
     if name == "auto":
         if platform == "gpu" and for_cudnn:
@@ -126,7 +125,8 @@ def _splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
     )
     real = (jnp.arange(padded) < tokens).astype(jnp.int32)
     segments = None if padded == tokens else kernel.SegmentIds(real, real)
-    q, k, v = (_by_head(x, padded) for x in (q * (1 / d**0.5), k, v))
+    q = (q.astype(jnp.float32) / d**0.5).astype(q.dtype)
+    q, k, v = (_by_head(x, padded) for x in (q, k, v))
     o = jax.vmap(lambda q, k, v: splash(q, k, v, segments))(q, k, v)
     return jnp.swapaxes(o, 1, 2)[:, :tokens]
 

@@ -187,13 +187,13 @@ def network(
     """The network `config.model` names, for samples of `shape` and labels below `num_classes`.
 
     Args:
-      platform: cpu, gpu or tpu, where it is to run; empty: JAX's default.
+      platform: where it is to run, as `this_platform` says it; empty: here.
     Raises:
       UserError: sizes that are missing, unknown or do not fit.
     """
     z, t = jnp.zeros((1, *shape)), jnp.zeros(1)
     module = _module(config.model, shape, num_classes)
-    kinds = _by_attention(module, config.model, shape, platform or jax.default_backend())
+    kinds = _by_attention(module, config.model, shape, platform or this_platform())
     apply, forward, plain = map(_applied, kinds)
     return Network(
         init=lambda key: module.init(key, z, t, t, jnp.zeros(1, jnp.int32))["params"],
@@ -202,6 +202,16 @@ def network(
         plain=plain,
         null_label=num_classes,
     )
+
+
+def this_platform() -> str:
+    """cpu, gpu, tpu, or other_gpu: AMD's, and NVIDIA's before Ampere, which lack cuDNN's attention."""
+    platform, device = jax.default_backend(), jax.local_devices()[0]
+    if platform != "gpu":
+        return platform
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; of AMD's, "gfx942"
+    major = capability.partition(".")[0]
+    return "gpu" if major.isdecimal() and int(major) >= 8 else "other_gpu"
 
 
 def _applied(module: nn.Module) -> Callable:

@@ -115,8 +115,9 @@ class FlowPipeline:
         copy = folder / build.AUTOENCODER
         config.autoencoder = autoencoder or (str(copy) if copy.is_dir() else config.autoencoder)
         files.check_local(autoencoder=config.autoencoder)
-        # The kernels it was trained with are of the machine that trained it.
-        config.model.update({"attention": "auto", "attention_jvp": "auto"})
+        for key in ("attention", "attention_jvp"):
+            if config.model[key] != "xla":  # a kernel of the machine that trained it
+                config.model[key] = "auto"
         return cls.build(config, card)
 
     def load(

@@ -105,6 +105,7 @@ def test_what_is_computed_again():
 
 
 @functools.cache
+@functools.cache
 def derivatives(dtype, residual):
     """u and du/dt at B/4, every weight from N(0, 0.02²), those that start at zero included."""
     module = DiT(**SIZES["B/4"], num_classes=1000, dtype=dtype, residual_dtype=residual)
@@ -122,7 +123,10 @@ def derivatives(dtype, residual):
     params = tree.unflatten(
         [0.02 * drawn.standard_normal(leaf.shape, np.float32) for leaf in leaves]
     )
-    return jax.device_get(jax.jit(along)(params, z, t / 2, t))
+    quick = {"xla_backend_optimization_level": "0"}  # it is compiled for longer than it runs
+    return jax.device_get(
+        jax.jit(along).lower(params, z, t / 2, t).compile(quick)(params, z, t / 2, t)
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from typing import Any
 LIMIT = 10 * 2**30  # bytes of all programs that are kept
 WORTH = 0.2  # seconds; what compiles faster is not kept
 FOLDER, SWITCH = "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"
+_ours: list[str] = []  # the folder that `keep` chose, if it did
 _OFF = ("0", "f", "false", "n", "no", "off")
 _TROUBLE = re.compile(
     r"Error (reading|writing) persistent compilation cache entry for '([^']*)': (.*)", re.DOTALL
@@ -48,6 +49,7 @@ def keep() -> None:
         _tell(error)
         return
     _default(FOLDER, str(place))
+    _ours.append(str(place))
     threading.Thread(target=prune, args=(root,), daemon=True).start()
 
 
@@ -57,7 +59,7 @@ def keep_none_at_home() -> None:
     Their homes need not be one. On GPUs, processes that find no program share the autotuning of a
     new one, and wait for ever for those that found theirs.
     """
-    if os.environ.get(FOLDER, "").startswith(str(folder())):
+    if os.environ.get(FOLDER) in _ours:
         del os.environ[FOLDER]
         os.environ[SWITCH] = "false"  # also of the processes that this one starts
 
@@ -133,7 +135,8 @@ def _mend_what_jax_warns_of() -> None:
             with contextlib.suppress(OSError):
                 path.unlink()
                 removed += 1
-        if not told and (kind == "writing" or not removed):
+        gone = "No such file" in error  # removed by another process, to make room
+        if not told and (kind == "writing" or not (removed or gone)):
             told.add(error)
             _tell(error)
         return None
