@@ -205,7 +205,7 @@ def network(
 
 
 def this_platform() -> str:
-    """cpu, gpu, tpu, or other_gpu: AMD's, and NVIDIA's before Ampere, which lack cuDNN's attention."""
+    """cpu, tpu, gpu, or other_gpu, which cuDNN's attention is not for: AMD's, and before Ampere."""
     platform, device = jax.default_backend(), jax.local_devices()[0]
     if platform != "gpu":
         return platform

@@ -153,6 +153,9 @@ def test_several_processes_keep_programs_only_where_the_user_says(tmp_path):
     assert done.stdout.split() == ["-", "false"], done.stderr
     done = python(code, JAX_COMPILATION_CACHE_DIR="shared")
     assert done.stdout.split() == ["shared", "None"], done.stderr
+    inside = str(tmp_path / "flow-meanflow-shared")  # begins as the folder at home does
+    done = python(code, XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=inside)
+    assert done.stdout.split() == [inside, "None"], done.stderr
 
 
 # Compiled ahead.
