@@ -78,7 +78,11 @@ class Case:
 
 def main(_) -> None:
     """Measures and prints."""
-    timing.add_lines(JSON.value, [])
+    timing.add_lines(JSON.value, [])  # mistakes before anything is measured
+    for size in filter(None, [SIZE.value, *KEPT.value]):
+        known(size)
+    for path in WORKDIR.value:
+        FlowPipeline.describe(path)
     print(f"\n{hardware()}\n\n{HEAD}", flush=True)
     for case in cases():
         for row in rows(case):

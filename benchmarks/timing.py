@@ -178,6 +178,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "ms": lambda x: f"{x:.4g}",
     "img_s": lambda x: f"{x:,.4g}" if x < 1000 else f"{x:,.0f}",
     "compile_s": lambda x: f"{x:.1f}",
+    "spread": lambda x: f"{x:.2f}",
 }
 
 

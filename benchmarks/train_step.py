@@ -1,6 +1,6 @@
 """How fast the training step is: flow matching, MeanFlow, MeanFlow with guidance, side by side.
 
-    python benchmarks/train_step.py     # a small network, two CPU cores, below two minutes
+    python benchmarks/train_step.py     # S/4 at batch 8: two or three minutes of two CPU cores
     python benchmarks/train_step.py --size=B/4,B/2,XL/2 --batch_size=256 \\
         --dtype=bfloat16,float32 --json=speed.jsonl                         # a GPU or TPU
     python benchmarks/train_step.py --size=B/2 --batch_size=256 --dtype=bfloat16 \\
@@ -27,7 +27,10 @@ with 1000 classes) and every weight drawn from N(0, 0.02²). Keys of the config 
   with the largest products that are sensible, in the same type.
 - `compile_s`: tracing and compiling, without the cache on disk.
 - `of_flow`, `flops_of_flow`, `temp_of_flow`: img_s, FLOPs and temporary memory as ratios to flow
-  matching of the same size, batch, dtype, attention and remat; of_flow is a median over rounds.
+  matching of the same size, batch, dtype, attention and remat; `of_plain`: img_s of MeanFlow as a
+  ratio to its plain form's. Ratios of speed are medians over the rounds' own.
+- `spread`: the slowest round over the fastest. Well above 1 the machine does other work, too, and
+  ratios say little.
 
 A case that does not fit says so in its row. --count compiles and counts, on shapes alone.
 --profile writes a trace of a few steps per case (for Perfetto or XProf) and prints where the time
@@ -53,12 +56,13 @@ from ml_collections import ConfigDict, config_flags
 from benchmarks import profiling, programs, timing
 from pipelines import build
 from utils import cli
+from utils.cli import UserError
 from utils.sharding import make_mesh
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:variant].")
 OBJECTIVE = flags.DEFINE_list("objective", list(programs.OBJECTIVES), "What is trained.")
-SIZE = flags.DEFINE_list("size", [], "As B/4,B/2,XL/2; none: the config's, B/2 or on CPUs S/8.")
-BATCH_SIZE = flags.DEFINE_list("batch_size", [], "None: the config's, 256 or on CPUs 16.")
+SIZE = flags.DEFINE_list("size", [], "As B/4,B/2,XL/2; none: the config's, B/2 or on CPUs S/4.")
+BATCH_SIZE = flags.DEFINE_list("batch_size", [], "None: the config's, 256 or on CPUs 8.")
 GUIDANCE = flags.DEFINE_list("guidance", ["0", "0.5"], "κ of MeanFlow.")
 DERIVATIVE = flags.DEFINE_list("derivative", ["apart", "plain"], "Of MeanFlow: apart, plain.")
 DTYPE = flags.DEFINE_list("dtype", [], "None: the config's, bfloat16 or on CPUs float32.")
@@ -74,7 +78,7 @@ JSON = flags.DEFINE_string("json", "", "A file to which a JSON line per row is a
 
 COLUMNS = ("objective", "size", "batch", "guidance", "derivative", "dtype", "attention", "remat")
 COLUMNS += ("flops", "temp_bytes", "ms", "img_s", "share_of_peak", "compile_s")
-RATIOS = ("of_flow", "flops_of_flow", "temp_of_flow")
+RATIOS = ("of_flow", "flops_of_flow", "temp_of_flow", "of_plain", "spread")
 
 
 class Case(NamedTuple):
@@ -94,6 +98,11 @@ class Case(NamedTuple):
         """The case of flow matching that this one is compared with."""
         return self._replace(objective="flow_matching", kappa=0.0, derivative="")
 
+    @property
+    def plain(self) -> "Case":
+        """The case of MeanFlow's plain form."""
+        return self._replace(derivative="plain")
+
 
 class Prepared(NamedTuple):
     """A case with its config, what the compiler made of it, and what is known without running."""
@@ -106,6 +115,8 @@ class Prepared(NamedTuple):
 def main(_) -> None:
     """Measures and prints."""
     timing.add_lines(JSON.value, [])  # mistakes before anything is measured
+    if pathlib.Path(PROFILE.value).is_file():
+        raise UserError(f"--profile={PROFILE.value} is a file: name a folder")
     jax.config.update("jax_enable_compilation_cache", False)  # compile_s would be the disk's
     cases, mesh = list(asked()), make_mesh(CONFIG.value.mesh.data, CONFIG.value.mesh.fsdp)
     configs = {case: config_of(case) for case in cases}  # mistakes before anything is compiled
@@ -140,9 +151,9 @@ def asked() -> Iterator[Case]:
     """
     standard, cpu = programs.standard_config(), jax.default_backend() == "cpu"
     small = standard and not SIZE.value
-    sizes = SIZE.value or ([("S/8" if cpu else "B/2")] if standard else [""])
+    sizes = SIZE.value or ([("S/4" if cpu else "B/2")] if standard else [""])
     config = CONFIG.value
-    default = [str((16 if cpu else 256) if standard else config.batch_size)]
+    default = [str((8 if cpu else 256) if standard else config.batch_size)]
     batches = programs.numbers("batch_size", BATCH_SIZE.value or default, int)
     own = config.model.dtype if not standard or cpu else "bfloat16"
     kappas = programs.numbers("guidance", GUIDANCE.value, float)
@@ -293,8 +304,12 @@ def speeds(
 def ratios(
     case: Case, prepared: dict[Case, Prepared], rounds: dict[Case, list[float]]
 ) -> dict[str, float | None]:
-    """A case beside its flow matching; None where that is not there."""
+    """A case beside its flow matching and its plain form; None where these are not there."""
     found: dict[str, float | None] = dict.fromkeys(RATIOS)
+    if case in rounds:
+        found["spread"] = max(rounds[case]) / min(rounds[case])
+    if case.derivative and case in rounds and case.plain in rounds:
+        found["of_plain"] = timing.ratio(rounds[case.plain], rounds[case])
     if case.flow not in prepared:
         return found
     row, flow = prepared[case].row, prepared[case.flow].row

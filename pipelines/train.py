@@ -96,6 +96,8 @@ def _train(
     step = Ahead(make_step(config, network.apply, objective, codec.sample, mesh))
     # While checkpoints are read, parameters initialised and a cache filled; not before, since GPUs
     # choose kernels by their speed, and were busy with references.
+    if jax.process_index() == 0:
+        print("compiling the step", file=sys.stderr)
     step.prepare(*abstract_arguments(config, dataset, network, mesh))
     return fit(
         config,

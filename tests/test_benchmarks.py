@@ -75,7 +75,7 @@ def test_the_counts_are_those_of_the_model_and_stand_in_order():
     rows, _, _ = ran()
     config = imagenet256.get_config("meanflow_b4")
     config.batch_size = 8
-    config.model.update({"size": "S/8", "depth": 1, "hidden_size": 24})
+    config.model.update({"size": "S/4", "depth": 1, "hidden_size": 24})
     config.mean_flow.update({"omega": 1.0, "kappa": 0.5})
     flow = step_flops(config, (8, 8, 4), 1000, build.flow_objective(config, 1000, local=8))
     apart = build.mean_flow_objective(config, 1000, local=8)
