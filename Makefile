@@ -45,7 +45,7 @@ oracles: $(venv) ## parity with torch implementations; installs torch and others
 	    --disable-pip-version-check -c requirements.txt -e ".[oracles]"
 	@$(py) -m pip show -q torch-fidelity 2>/dev/null || $(py) -m pip install \
 	    --disable-pip-version-check --no-deps torch-fidelity==0.4.0
-	$(py) -m pytest -n 0 tests/oracles
+	$(py) -m pytest -n 2 tests/oracles
 
 # The compiler for TPUs runs on any x86 machine with Linux; no TPU is needed.
 topologies: $(venv) ## what TPUs' compiler makes of steps and kernels; installs 700 MB into .venv

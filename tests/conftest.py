@@ -5,7 +5,10 @@ import pathlib
 import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# LLVM's optimisations would take longer than what they save of programs that run for a moment.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 # Fewer threads than virtual devices can hang in a collective's rendezvous.
 os.environ["PJRT_NPROC"] = "32"
 os.environ["WANDB_MODE"] = "disabled"

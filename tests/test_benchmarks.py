@@ -62,7 +62,16 @@ def ran() -> tuple[list[dict], list[list[str]], str]:
     return results("train_step", "--batch_size=8", *options, "--profile")
 
 
-def test_the_columns_are_those_that_readers_of_the_files_count_on():
+def test_what_runs_has_columns_counts_speed_and_a_trace():
+    """One test, as processes that test at the same time would each run it."""
+    columns_are_those_that_readers_of_the_files_count_on()
+    counts_are_those_of_the_model_and_stand_in_order()
+    counting_runs_nothing()
+    speed_stands_beside_its_ratio_to_flow_matching()
+    a_trace_says_where_the_time_goes()
+
+
+def columns_are_those_that_readers_of_the_files_count_on():
     for rows, cells, _ in (counted(), ran()):
         assert cells[0][: len(COLUMNS)] == COLUMNS
         for row in rows:
@@ -71,7 +80,7 @@ def test_the_columns_are_those_that_readers_of_the_files_count_on():
         assert len({len(line) for line in cells[: 2 + len(rows)]}) == 1
 
 
-def test_the_counts_are_those_of_the_model_and_stand_in_order():
+def counts_are_those_of_the_model_and_stand_in_order():
     rows, _, _ = ran()
     config = imagenet256.get_config("meanflow_b4")
     config.batch_size = 8
@@ -88,7 +97,7 @@ def test_the_counts_are_those_of_the_model_and_stand_in_order():
     assert again["flops"] == flow
 
 
-def test_counting_runs_nothing():
+def counting_runs_nothing():
     (row,), _, written = counted()
     assert row["temp_bytes"] > 0
     assert row["compile_s"] > 0
@@ -96,7 +105,7 @@ def test_counting_runs_nothing():
     assert "matrix rate" not in written
 
 
-def test_what_ran_has_its_speed_and_its_ratio_to_flow_matching():
+def speed_stands_beside_its_ratio_to_flow_matching():
     rows, _, written = ran()
     assert "matrix rate in float32: " in written
     for row in rows:
@@ -110,7 +119,7 @@ def test_what_ran_has_its_speed_and_its_ratio_to_flow_matching():
     assert mean["of_flow"] == pytest.approx(sum(a / b for a, b in pairs) / 2)
 
 
-def test_a_trace_says_where_the_time_goes():
+def a_trace_says_where_the_time_goes():
     rows, cells, _ = ran()
     (at,) = [i for i, line in enumerate(cells) if line[0] == "ms of device time per step"]
     assert cells[at][1:] == [*profiling.KINDS, "other"]
