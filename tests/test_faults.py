@@ -26,6 +26,7 @@ WORDS = [
     *(f"--max_steps={STEPS}", f"--save_interval={INTERVAL}", "--log_interval=1"),
     *("--eval_interval=100000", "--sample.steps=(1,)", "--sample.num=4"),
 ]
+KILLS = 20 if os.environ.get("THOROUGH") else 10
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +94,13 @@ def last_line(workdir: pathlib.Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def test_twenty_kills_lose_no_checkpoint_and_only_the_steps_since_the_last(
+def test_kills_lose_no_checkpoint_and_only_the_steps_since_the_last(
     commands, uninterrupted, tmp_path
 ):
     """Every other kill falls into a save, which is known by its folder; the others anywhere."""
     rng, workdir = random.Random(0), tmp_path / "run"
     inside = 0
-    for trial in range(20):
+    for trial in range(KILLS):
         before = saved_steps(workdir)[-1:] or [0]
         seen = last_line(workdir)
         during = trial % 2 == 0
@@ -122,8 +123,8 @@ def test_twenty_kills_lose_no_checkpoint_and_only_the_steps_since_the_last(
         if after:
             whole = arrays(workdir)  # checksums and all
             assert int(whole["['train']['step']"]) == after[-1]
-    print(f"20 kills, {inside} of them inside a save")  # shown by pytest -rP
-    assert inside >= 4
+    print(f"{KILLS} kills, {inside} of them inside a save")  # shown by pytest -rP
+    assert inside >= KILLS // 5
     assert commands(words_for(workdir), ROOT).returncode == 0
     assert_same(arrays(workdir), uninterrupted)
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
