@@ -20,7 +20,6 @@ compiler (pip install "jax[tpu]"). On CPUs `fused` is interpreted: its time says
 """
 
 import functools
-import importlib.util
 import itertools
 import os
 import pathlib
@@ -41,7 +40,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from benchmarks import timing
+from benchmarks import programs, timing
 from models import attention
 from utils import cli
 from utils.cli import UserError
@@ -141,17 +140,7 @@ def sharding() -> Sharding:
     """
     if not TOPOLOGY.value:
         return SingleDeviceSharding(jax.devices()[0])
-    from jax.experimental import topologies
-
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY.value)
-    except Exception as error:  # the library raises its own kinds
-        if importlib.util.find_spec("libtpu") is None:
-            raise UserError(
-                'the TPU compiler is not installed: pip install "jax[tpu]", or no --topology'
-            ) from error
-        raise UserError(f"--topology={TOPOLOGY.value}: give v5e:2x2 or the like") from error
-    return SingleDeviceSharding(found.devices[0])
+    return SingleDeviceSharding(programs.tpu_devices(TOPOLOGY.value, "no --topology")[0])
 
 
 def implementations(case: Case) -> list[str]:

@@ -7,6 +7,7 @@ network needs no memory for it.
 """
 
 import functools
+import importlib.util
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -94,32 +95,59 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
     return config
 
 
+def tpu_devices(topology: str, instead: str) -> list:
+    """The devices of a TPU topology, without the machine.
+
+    Args:
+      topology: as v5e:2x2.
+      instead: what to do where there is no compiler for it.
+    Raises:
+      UserError: no such topology, or no compiler.
+    """
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # the library raises its own kinds
+        if importlib.util.find_spec("libtpu") is None:
+            raise UserError(
+                f'the TPU compiler is not installed: pip install "jax[tpu]", or {instead}'
+            ) from error
+        raise UserError(
+            f"--topology={topology}: there is none such ({error}), give v5e:2x2 or the like"
+        ) from error
+
+
 # Programs.
 
 
-def stored(config: ConfigDict) -> tuple[tuple[int, ...], int]:
+def stored(config: ConfigDict, embedded: bool = True) -> tuple[tuple[int, ...], int]:
     """The shape of an item of the config's data set as it is stored, and the number of classes.
 
+    Args:
+      embedded: whether the small data sets count, too.
     Raises:
       UserError: a data set of which no more is known than what lies in its folder.
     """
     name, side = config.dataset_name, config.image_size
-    if name in EMBEDDED:
-        return EMBEDDED[name]
+    known = EMBEDDED if embedded else {}
+    if name in known:
+        return known[name]
     if name not in CLASSES or not side:
         raise UserError(
-            f"dataset_name={name}: of {', '.join([*CLASSES, *EMBEDDED])}; give "
+            f"dataset_name={name}: of {', '.join([*CLASSES, *known])}; give "
             "--config=configs/imagenet256.py:meanflow_b4 or the like"
         )
     shape = (side // 8, side // 8, 8) if config.use_stable_vae else (side, side, 3)
     return shape, CLASSES[name]
 
 
-def codec(config: ConfigDict, weights: bool = False) -> autoencoders.Autoencoder:
+def codec(config: ConfigDict, weights: bool = False, devices: int = 0) -> autoencoders.Autoencoder:
     """Stable Diffusion's autoencoder, or pixels.
 
     Args:
       weights: random ones; else shapes alone, which are enough to sample from moments.
+      devices: that decode; 0: those that are there.
     """
     if not config.use_stable_vae:
         return autoencoders.pixels()
@@ -132,7 +160,9 @@ def codec(config: ConfigDict, weights: bool = False) -> autoencoders.Autoencoder
     make = functools.partial(random, init) if weights else functools.partial(jax.eval_shape, init)
     params = make(jax.random.key(0))
     scale = autoencoders.Scale.of({}, network.latent_channels, KL_SCALING)
-    return autoencoders.kl(network, params, scale, config.autoencoder_slice * jax.device_count())
+    return autoencoders.kl(
+        network, params, scale, config.autoencoder_slice * (devices or jax.device_count())
+    )
 
 
 def seen(config: ConfigDict) -> tuple[int, ...]:
@@ -140,16 +170,17 @@ def seen(config: ConfigDict) -> tuple[int, ...]:
     return build.latent_shape(codec(config), stored(config)[0])
 
 
-def step(config: ConfigDict, objective: str, mesh: Mesh) -> Program:
+def step(config: ConfigDict, objective: str, mesh: Mesh, platform: str = "") -> Program:
     """The training step, on moments of latents or pictures as they are stored.
 
     Args:
       objective: of OBJECTIVES.
+      platform: as `build.network` takes it.
     Raises:
       UserError: sizes that do not fit each other or the devices.
     """
     shape, classes = seen(config), stored(config)[1]
-    network = build.network(config, shape, classes)
+    network = build.network(config, shape, classes, platform)
     local = config.batch_size // mesh.size // config.accumulation
     if local * mesh.size * config.accumulation != config.batch_size:
         raise UserError(f"batch_size={config.batch_size} does not split over {mesh.size} devices")

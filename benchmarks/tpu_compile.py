@@ -27,7 +27,6 @@ of this machine. Options of the config are those of the training scripts: --mode
 --mesh.fsdp=8, --batch_size=512. What cannot be learnt here is time.
 """
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -35,7 +34,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,34 +48,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
-from benchmarks import timing
+from benchmarks import programs, timing
 from models import autoencoder as autoencoders
 from models import inception
-from models.autoencoder_kl import AutoencoderKL
 from pipelines import build
 from pipelines.flow import make_sampler
 from pipelines.plan import Plan
-from pipelines.pretrained import KL_SCALING
-from pipelines.train import step_flops
 from utils import cli, flops
 from utils.cli import UserError
 from utils.sharding import (
     AXES,
-    abstract_state,
     batch_sharding,
     make_mesh,
     mesh_sizes,
     replicated,
 )
-from utils.step import init_state, make_step
 
 GIB = 2**30
-SD_VAE = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
-CLASSES = {"imagenet256": 1000, "celebahq256": 0}
 
 
 class Chip(NamedTuple):
@@ -94,11 +85,12 @@ CHIPS = {
 }
 GPUS = {"H100": Chip(80e9 / GIB, 989), "H200": Chip(141e9 / GIB, 989)}
 
-OBJECTIVES = {"mean_flow": build.mean_flow_objective, "flow_matching": build.flow_objective}
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "As v5e:8x8; or cpu:8. See above.")
 WHAT = flags.DEFINE_list("what", ["step"], "Of step, sampler, decoder, inception.")
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py[:variant].")
-OBJECTIVE = flags.DEFINE_enum("objective", "mean_flow", list(OBJECTIVES), "What is trained.")
+OBJECTIVE = flags.DEFINE_enum(
+    "objective", "mean_flow", list(programs.OBJECTIVES), "What is trained."
+)
 JSON = flags.DEFINE_string("json", "", "A file to which a JSON line per result is added.")
 TABLE = flags.DEFINE_string("table", "", "Such a file: prints its table and compiles nothing.")
 
@@ -136,15 +128,7 @@ def abstract_devices(topology: str) -> list:
         return jax.devices("cpu")
     if kind not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
         raise UserError(f"--topology={topology}: as v5e:2x2, of {', '.join(CHIPS)}, or cpu:8")
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except Exception as error:  # the library raises its own kinds
-        if importlib.util.find_spec("libtpu") is None:
-            raise UserError(
-                'the TPU compiler is not installed: pip install "jax[tpu]", or --topology=cpu:8'
-            ) from error
-        raise UserError(f"--topology={topology}: there is none such ({error})") from error
-    return list(found.devices)
+    return programs.tpu_devices(topology, "--topology=cpu:8")
 
 
 def mesh_of(config: ConfigDict, devices: list) -> Mesh:
@@ -173,67 +157,22 @@ def platform() -> str:
     return "cpu" if TOPOLOGY.value.startswith("cpu") else "tpu"
 
 
-def sizes(config: ConfigDict) -> tuple[tuple[int, ...], int]:
-    """The shape of what is stored, and the number of classes."""
-    if config.dataset_name not in CLASSES or not config.image_size:
-        raise UserError(
-            f"dataset_name={config.dataset_name}: of {', '.join(CLASSES)}; give "
-            "--config=configs/imagenet256.py:meanflow_b4 or the like"
-        )
-    side = config.image_size
-    stored = (side // 8, side // 8, 8) if config.use_stable_vae else (side, side, 3)
-    return stored, CLASSES[config.dataset_name]
-
-
-def codec_of(config: ConfigDict, mesh: Mesh) -> autoencoders.Autoencoder:
-    """Stable Diffusion's autoencoder, its weights shapes alone; or pixels."""
-    if not config.use_stable_vae:
-        return autoencoders.pixels()
-    network = SD_VAE.clone(dtype=jnp.dtype(config.autoencoder_dtype))
-    weights = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    scale = autoencoders.Scale.of({}, network.latent_channels, KL_SCALING)
-    slice_size = config.autoencoder_slice * mesh.size
-    return autoencoders.kl(network, weights["params"], scale, slice_size)
-
-
-def on(place: NamedSharding, tree: Any) -> Any:
-    """The shapes of a tree, at a place."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
-
-
 def step_program(config: ConfigDict, mesh: Mesh) -> Program:
     """The training step, with moments of latents or pictures as they are stored."""
-    stored, classes = sizes(config)
-    codec = codec_of(config, mesh)
-    shape = build.latent_shape(codec, stored)
-    network = build.network(config, shape, classes, platform())
-    local = config.batch_size // mesh.size // config.accumulation
-    if local * mesh.size * config.accumulation != config.batch_size:
-        raise UserError(f"batch_size={config.batch_size} does not split over {mesh.size} devices")
-    objective = OBJECTIVES[OBJECTIVE.value](config, classes, local=local)
-    objective = build.with_forward(objective, network)
-    n, integers = config.batch_size, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
-    dtype = jnp.float16 if config.use_stable_vae else jnp.uint8
-    batch = {
-        "x": jax.ShapeDtypeStruct((n, *stored), dtype),
-        "label": integers,
-        "position": integers,
-    }
-    state = abstract_state(lambda: init_state(config, network.init), mesh)
+    programs.stored(config, embedded=False)
+    made = programs.step(config, OBJECTIVE.value, mesh, platform())
+    state, batch = made.arguments
     return Program(
-        make_step(config, network.apply, objective, codec.sample, mesh),
-        {"state": state, "batch": on(batch_sharding(mesh), batch)},
-        params=state.params,
-        model_flops=lambda: step_flops(config, shape, classes, objective),
+        made.function, {"state": state, "batch": batch}, (), state.params, lambda: made.flops
     )
 
 
 def sampler_program(config: ConfigDict, mesh: Mesh) -> Program:
     """A batch of samples in the most steps of --sample.steps, at --sample.guidance."""
-    stored, classes = sizes(config)
-    shape = build.latent_shape(codec_of(config, mesh), stored)
+    _, classes = programs.stored(config, embedded=False)
+    shape = programs.seen(config)
     network = build.network(config, shape, classes, platform())
-    params = on(replicated(mesh), jax.eval_shape(network.init, jax.random.key(0)))
+    params = programs.on(replicated(mesh), jax.eval_shape(network.init, jax.random.key(0)))
     index = jax.ShapeDtypeStruct((samples(mesh),), jnp.int32, sharding=batch_sharding(mesh))
     arguments = {"params": params, "autoencoder": autoencoders.points(), "label": index}
     sampler = "meanflow" if OBJECTIVE.value == "mean_flow" else "euler"
@@ -243,11 +182,13 @@ def sampler_program(config: ConfigDict, mesh: Mesh) -> Program:
 
 def decoder_program(config: ConfigDict, mesh: Mesh) -> Program:
     """Latents to pictures."""
-    stored, _ = sizes(config)
-    codec = codec_of(config, mesh)
-    shape = (samples(mesh), *build.latent_shape(codec, stored))
+    programs.stored(config, embedded=False)
+    codec, shape = (
+        programs.codec(config, devices=mesh.size),
+        (samples(mesh), *programs.seen(config)),
+    )
     x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
-    decode = on(replicated(mesh), codec.decode)
+    decode = programs.on(replicated(mesh), codec.decode)
     return Program(jax.jit(lambda decode, x: decode(x)), {"params": decode, "latents": x})
 
 
@@ -258,7 +199,7 @@ def inception_program(config: ConfigDict, mesh: Mesh) -> Program:
     shape = (samples(mesh), config.image_size, config.image_size, 3)
     x = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh))
     apply = jax.jit(lambda weights, x: inception.Inception().apply(weights, inception.tf(x)))
-    return Program(apply, {"params": on(replicated(mesh), weights), "pictures": x})
+    return Program(apply, {"params": programs.on(replicated(mesh), weights), "pictures": x})
 
 
 def samples(mesh: Mesh) -> int:
@@ -529,10 +470,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     by_recipe = [leanest[name] for name in sorted(leanest)]
     return "\n\n".join(
         [
-            rows_of(COMPILED, map(compiled_row, sorted(steps, key=recipe))),
-            rows_of(PARTS, map(part_row, others)),
-            rows_of(ON_GPUS, (gpu_row(row, gpu) for row in by_recipe for gpu in GPUS)),
-            rows_of(COSTS, map(cost_row, by_recipe)),
+            timing.markdown(COMPILED, map(compiled_row, sorted(steps, key=recipe))),
+            timing.markdown(PARTS, map(part_row, others)),
+            timing.markdown(ON_GPUS, (gpu_row(row, gpu) for row in by_recipe for gpu in GPUS)),
+            timing.markdown(COSTS, map(cost_row, by_recipe)),
         ]
     )
 
@@ -565,12 +506,6 @@ def keys_of(row: dict[str, Any]) -> str:
 def gib(size: float) -> str:
     """Bytes as GiB."""
     return f"{size / GIB:.2f}"
-
-
-def rows_of(head: tuple[str, ...], rows: Iterable[list[str]]) -> str:
-    """A markdown table."""
-    lines = [list(head), ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def state_of(row: dict[str, Any]) -> float:
