@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from models import autoencoder as autoencoders
-from models.attention import forward_attention, reverse_attention
 from models.autoencoder_kl import AutoencoderKL
 from models.dit import SIZES
 from pipelines import build
@@ -233,20 +232,10 @@ def on(place: NamedSharding, tree: Any) -> Any:
 
 
 def attention_names(config: ConfigDict) -> tuple[str, str]:
-    """What computes attention in reverse mode, and in forward mode, "auto" resolved.
-
-    Raises:
-      UserError: an attention that this machine, type or size cannot have.
-    """
-    m, shape = config.model, seen(config)
-    sizes = build.dit_sizes(m, shape)
-    tokens = shape[0] * shape[1] // sizes["patch_size"] ** 2
-    width = sizes["hidden_size"] // sizes["num_heads"]
-    case = build.this_platform(), m.dtype, tokens, width
-    try:
-        return reverse_attention(m.attention, *case), forward_attention(m.attention_jvp, *case)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    """`build.attention_names`, here."""
+    shape = seen(config)
+    sizes = build.dit_sizes(config.model, shape)
+    return build.attention_names(config.model, sizes, shape, build.this_platform())
 
 
 def size_name(config: ConfigDict) -> str:

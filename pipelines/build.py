@@ -228,14 +228,27 @@ def _by_attention(
     """
     if not isinstance(module, DiT):
         return [module] * 3
-    tokens = shape[0] * shape[1] // module.patch_size**2
-    case = (platform, model.dtype, tokens, module.hidden_size // module.num_heads)
+    names = attention_names(model, dit_sizes(model, shape), shape, platform)
+    return [module.clone(attention=name) for name in (*names, "xla")]
+
+
+def attention_names(
+    model: ConfigDict, sizes: dict[str, int], shape: tuple[int, ...], platform: str
+) -> tuple[str, str]:
+    """What computes attention in reverse mode, and in forward mode, "auto" resolved.
+
+    Args:
+      sizes: of the network, as `dit_sizes` gives them; shape: of what it sees.
+    Raises:
+      UserError: an attention that this machine, type or size cannot have.
+    """
+    tokens = shape[0] * shape[1] // sizes["patch_size"] ** 2
+    case = platform, model.dtype, tokens, sizes["hidden_size"] // sizes["num_heads"]
     try:
         reverse = reverse_attention(model.attention, *case)
-        forward = forward_attention(model.attention_jvp, *case)
+        return reverse, forward_attention(model.attention_jvp, *case)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return [module.clone(attention=name) for name in (reverse, forward, "xla")]
 
 
 def _module(model: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.Module:

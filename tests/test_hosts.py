@@ -181,7 +181,7 @@ def test_two_processes_are_killed_and_go_on_as_one_and_as_two(tmp_path):
         start = time.monotonic()
         assert program.ends(0, LOST_AFTER + 20) == hosts.LOST, program.told()
         print(f"the other ended {time.monotonic() - start:.1f} s after the SIGKILL")
-        assert "another host stopped or was lost" in program.stderr(0).splitlines()[-1]
+        assert "another host stopped or was lost" in own_lines(program.stderr(0))[-1]
     with train(torn, "both_killed", 2) as program:
         new_save(torn, program)
         kill(program, 0)
@@ -245,7 +245,7 @@ def test_an_error_on_one_host_ends_all(tmp_path, what, who, status, line):
     if what == "mistake":
         told = [text for text in own_lines(program.stderr(who)) if "told once" not in text]
         assert told == [line]
-    assert "another host stopped or was lost" in program.stderr(1 - who).splitlines()[-1]
+    assert "another host stopped or was lost" in own_lines(program.stderr(1 - who))[-1]
 
 
 @pytest.mark.parametrize(
