@@ -238,6 +238,7 @@ def _card(plan: Plan, name: str, pictures: Pictures, pretrained: Pretrained | No
         shard_size=shard_size,
         shards=-(-count // shard_size),
         versions={package: importlib.metadata.version(package) for package in PACKAGES},
+        classes=pictures.classes,
     )
 
 
@@ -316,7 +317,7 @@ def _check_same(out: pathlib.Path, begun: Card, asked: Card) -> None:
             _refuse(out, "compute dtype", a["compute_dtype"], b["compute_dtype"])
     free = {"source", "autoencoder", "versions", "complete", "count", "skipped", "skipped_keys"}
     for field in dataclasses.fields(Card):
-        if field.name not in free | {"content", "mean", "std"}:
+        if field.name not in free | {"content", "mean", "std", "classes"}:
             was, now = getattr(begun, field.name), getattr(asked, field.name)
             if was != now:
                 _refuse(out, field.name.replace("_", " "), was, now)

@@ -50,6 +50,7 @@ class Dataset(NamedTuple):
     fingerprint: str  # names exactly this data and split, the same on every machine
     autoencoder: str = ""  # fingerprint of what made these moments; empty: no moments
     origin: dict | None = None  # of moments: what `load_pictures` needs to find their pictures
+    classes: tuple[str, ...] = ()  # their names; empty: not known, or no labels
 
     @property
     def identity(self) -> str:
@@ -260,7 +261,15 @@ def _in_memory(name: str, train: Arrays, heldout: Arrays, num_classes: int) -> D
         for x, label in (train, heldout)
     )
     content = [part for s in (kept, held) for part in (str(s.x.shape), s.x, s.label)]
-    return Dataset(name, kept, held, num_classes, kept.x.shape[1:], fingerprint(*content))
+    return Dataset(
+        name,
+        kept,
+        held,
+        num_classes,
+        kept.x.shape[1:],
+        fingerprint(*content),
+        classes=tuple(map(str, range(num_classes))),
+    )
 
 
 def _toy(config: ConfigDict) -> Dataset:
@@ -316,6 +325,7 @@ def _of_pictures(config: ConfigDict, pictures: Pictures, kept: np.ndarray, size:
         pictures.num_classes,
         (size, size, 3),
         _fingerprint(pictures.fingerprint, keys, size, config.holdout),
+        classes=pictures.classes,
     )
 
 
@@ -375,6 +385,7 @@ def _latents(config: ConfigDict) -> Dataset:
         fingerprint(card.content, str(float(config.holdout))),
         autoencoder=card.autoencoder["fingerprint"] if card.autoencoder else "",
         origin=origin,
+        classes=card.classes,
     )
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils import shards, tfds
+from utils.classes import imagenet, readable
 from utils.cli import UserError
 from utils.sources import CorruptPicture, Pictures, fingerprint, key
 
@@ -169,14 +170,14 @@ def _hidden(part: str) -> bool:
 
 # Labels of picture files.
 
-Labels = tuple[np.ndarray, int]  # int32 (n,), number of classes
+Labels = tuple[np.ndarray, tuple[str, ...]]  # int32 (n,), and the classes' names, none for none
 
 
 def _with_labels(files: Files, law: Callable[[Sequence[str]], Labels]) -> Pictures:
     """Names pictures below the folders that all share, in sorted order, with labels by `law`."""
     paths = sorted(files.sizes)
     names = _below_common_folder(paths)
-    labels, num_classes = law(names)
+    labels, classes = law(names)
 
     def read(index: int) -> tuple[bytes, int]:
         try:
@@ -192,8 +193,9 @@ def _with_labels(files: Files, law: Callable[[Sequence[str]], Labels]) -> Pictur
         keys=np.array([key(name) for name in names], np.uint64),
         name=paths.__getitem__,
         read=read,
-        num_classes=num_classes,
+        num_classes=len(classes),
         fingerprint=fingerprint("\n".join(" ".join(map(str, row)) for row in table)),
+        classes=readable(classes),
     )
 
 
@@ -215,20 +217,20 @@ def _labels_by_folder(names: Sequence[str]) -> Labels:
         raise UserError(f"{loose} lies beside class folders: put it into one")
     if set(classes) <= {"train", "val", "valid", "validation", "test"}:
         raise UserError(f"the folder holds {' and '.join(classes)}: give one of these instead")
-    return np.array([classes[folder] for folder in folders], np.int32), len(classes)
+    return np.array([classes[folder] for folder in folders], np.int32), tuple(classes)
 
 
 def _labels_of_imagenet(names: Sequence[str]) -> Labels:
     """Folders that are all numbers below 1000 are class indices, though some may be missing."""
     folders = _top_folders(names)
     if all(folder.isdecimal() and int(folder) < 1000 for folder in set(folders)):
-        return np.array([int(folder) for folder in folders], np.int32), 1000
+        return np.array([int(folder) for folder in folders], np.int32), imagenet()
     return _labels_by_folder(names)
 
 
 def _no_labels(names: Sequence[str]) -> Labels:
     """None, as for CelebA-HQ: what folders some copies have is not used."""
-    return np.zeros(len(names), np.int32), 0
+    return np.zeros(len(names), np.int32), ()
 
 
 def _top_folders(names: Sequence[str]) -> list[str]:

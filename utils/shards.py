@@ -75,6 +75,9 @@ class Card:
     content: str = ""  # 12 hexadecimal digits of blake2b over all records in order
     mean: tuple[float, ...] = ()  # per channel, of the unscaled latents (the posterior's mean)
     std: tuple[float, ...] = ()
+    classes: tuple[
+        str, ...
+    ] = ()  # their names; empty: not known, as in older folders, or no labels
 
     @property
     def record(self) -> np.dtype:
@@ -159,6 +162,7 @@ def read_card(folder: str | os.PathLike, complete: bool = True) -> Card:
 def _check_card(card: Card) -> None:
     """Raises ValueError where a card says what prepare_data.py would not: anybody can write one."""
     words: tuple = (card.dataset_name, card.source_fingerprint, card.crop, card.content)
+    words += card.classes
     pairs = [card.source, card.versions, card.autoencoder or {}]
     words += tuple(word for pair in pairs for item in pair.items() for word in item)
     counts = (card.source_count, card.num_classes, card.count, *card.skipped_keys)
@@ -175,6 +179,7 @@ def _check_card(card: Card) -> None:
         "shards": 0 <= card.shards < _MANY_SHARDS
         and 0 <= card.shards * card.shard_size - card.source_count < max(card.shard_size, 1),
         "flags": {type(card.flipped), type(card.complete)} == {bool},
+        "classes": len(card.classes) in (0, card.num_classes),
     }
     for what, holds in right.items():
         if not holds:
@@ -503,4 +508,5 @@ def open_shards(folder: str | os.PathLike, dataset_name: str) -> Pictures:
         num_classes=card.num_classes,
         fingerprint=card.source_fingerprint,  # at this size they are the source's pictures
         size=card.image_size,
+        classes=card.classes,
     )

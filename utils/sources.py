@@ -83,6 +83,7 @@ class Pictures(NamedTuple):
     num_classes: int  # 0: no labels, every label is 0
     fingerprint: str  # names exactly these pictures, before any split or crop
     size: int = 0  # pixels of a side that they are cropped to already; 0: they come as they are
+    classes: tuple[str, ...] = ()  # their names; empty: not known, or no labels
 
     def check_size(self, size: int) -> None:
         """Raises UserError where they are cropped to another size already, or cannot be."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.classes import readable
 from utils.cli import UserError
 from utils.sources import Pictures, fingerprint, key
 
@@ -98,6 +99,7 @@ def open_version(folder: pathlib.Path, split: str, labelled: bool = True) -> Pic
         return record[image], label
 
     num_classes = info.features[label_name].num_classes if label_name else 0
+    names = info.features[label_name].names if num_classes else ()
     parts = sorted((part.name, part.num_examples, part.num_bytes) for part in info.splits.values())
     content = (info.full_name, split, len(records), num_classes, *parts)
     return Pictures(
@@ -107,6 +109,7 @@ def open_version(folder: pathlib.Path, split: str, labelled: bool = True) -> Pic
         read=read,
         num_classes=num_classes,
         fingerprint=fingerprint(" ".join(map(str, content))),
+        classes=readable(names),
     )
 
 
