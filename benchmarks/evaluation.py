@@ -250,7 +250,7 @@ def told(pipeline: FlowPipeline, extractor: Extractor) -> str:
 def by_stage(pipeline: FlowPipeline, extractor: Extractor) -> Seconds:
     """Seconds per picture of the devices' stages and of transfers, one after another."""
     size, place = batch_size(), replicated(make_mesh())
-    latents = replace(pipeline, autoencoder=autoencoders.points())
+    latents = replace(pipeline, loaded=autoencoders.points())
     codec, applies = jax.device_put((pipeline.autoencoder, (extractor.apply,)), place)
     decode = jax.jit(lambda codec, x: codec.decode(x))
     labels = np.zeros(size, np.int32)
@@ -264,7 +264,7 @@ def by_stage(pipeline: FlowPipeline, extractor: Extractor) -> Seconds:
     for k in range(-1, batches):  # the first compiles
         clock = [time.perf_counter()]
         indices = np.arange(size) + max(k, 0) * size
-        x, finite = lap(clock, latents.draw(labels, steps=STEPS.value, indices=indices))
+        x, finite, _ = lap(clock, latents.draw(labels, steps=STEPS.value, indices=indices))
         pictures = lap(clock, decode(codec, x))
         found = lap(clock, measure.features_of(applies, pictures))
         fetch((found, finite))

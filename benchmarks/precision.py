@@ -36,7 +36,7 @@ from jax.extend.core import Literal
 
 from benchmarks import timing
 from flows.guidance import guided_velocity
-from flows.samplers import SAMPLERS, uniform_grid
+from flows.samplers import sample, uniform_grid
 from models.dit import SIZES, DiT
 from pipelines import build
 from pipelines.flow import FlowPipeline
@@ -164,7 +164,7 @@ def trained(path: str, n: int, steps: int) -> Case:
     velocity = guided_velocity(
         network.apply, pipeline.params, label, network.null_label, 1.0, (0.0, 1.0)
     )
-    x = SAMPLERS["meanflow"].run(velocity, noise, uniform_grid(steps))
+    x = sample(velocity, noise, uniform_grid(steps))
     return Case(pathlib.Path(path).name, module, pipeline.params, *points(x, classes))
 
 

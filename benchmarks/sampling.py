@@ -47,7 +47,7 @@ from flows.samplers import SAMPLERS
 from models import autoencoder as autoencoders
 from models import inception
 from pipelines import build
-from pipelines.flow import FlowPipeline
+from pipelines.flow import FlowPipeline, noise_of, numbers_of
 from utils import cli
 from utils.cli import UserError
 from utils.sharding import batch_sharding, make_mesh, replicated
@@ -201,9 +201,11 @@ def compiled(
     index = jax.device_put(jnp.arange(case.batch, dtype=jnp.int32), batch_sharding(mesh))
     label = index % max(pipeline.num_classes, 1)
     codec = jax.device_put(pipeline.autoencoder, replicated(mesh))
-    inputs = (params, codec, label, index, 0)
+    noise, keys = noise_of(pipeline.shape)(0, index)
+    numbers = numbers_of(pipeline.times(case.steps), case.guidance)
+    inputs = (params, codec, label, noise, keys, numbers)
     start = time.perf_counter()
-    lowered = pipeline.sampler.lower(*inputs, case.steps, case.sampler, case.guidance, (0.0, 1.0))
+    lowered = pipeline.sampler.lower(*inputs, case.sampler, case.guidance != 1, False)
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -52,10 +52,11 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
 from benchmarks import programs, timing
+from flows.samplers import grid_of
 from models import autoencoder as autoencoders
 from models import inception
 from pipelines import build
-from pipelines.flow import make_sampler
+from pipelines.flow import make_sampler, noise_of, numbers_of
 from pipelines.plan import Plan
 from utils import cli, flops
 from utils.cli import UserError
@@ -174,10 +175,19 @@ def sampler_program(config: ConfigDict, mesh: Mesh) -> Program:
     network = build.network(config, shape, classes, platform())
     params = programs.on(replicated(mesh), jax.eval_shape(network.init, jax.random.key(0)))
     index = jax.ShapeDtypeStruct((samples(mesh),), jnp.int32, sharding=batch_sharding(mesh))
-    arguments = {"params": params, "autoencoder": autoencoders.points(), "label": index}
+    noise, keys = programs.on(batch_sharding(mesh), jax.eval_shape(noise_of(shape), 0, index))
+    guidance = config.sample.guidance
+    arguments = {
+        "params": params,
+        "autoencoder": autoencoders.points(),
+        "label": index,
+        "noise": noise,
+        "keys": keys,
+        "numbers": numbers_of(grid_of(max(config.sample.steps)), guidance),
+    }
     sampler = "meanflow" if OBJECTIVE.value == "mean_flow" else "euler"
-    static = (max(config.sample.steps), sampler, config.sample.guidance, (0.0, 1.0))
-    return Program(make_sampler(network, shape), arguments | {"index": index, "seed": 0}, static)
+    static = (sampler, guidance != 1, False)
+    return Program(make_sampler(network, shape), arguments, static)
 
 
 def decoder_program(config: ConfigDict, mesh: Mesh) -> Program:

@@ -33,6 +33,9 @@ def get_config() -> ConfigDict:
             **_keeping(),
             "deterministic": False,  # bit for bit on GPUs too, slower; on CPU and TPU always
             "objective": "",  # set by the training script
+            # A run or an exported model to begin with its parameters; more time inputs than it has
+            # start without an effect, so that at r = t the network is the same.
+            "init_from": "",
             "model": _model(),
             **_objectives(),
             "optimizer": {
@@ -91,7 +94,9 @@ def _model() -> dict:
         "mlp_ratio": 4.0,
         "dropout": 0.0,
         "class_dropout_prob": 0.1,  # label → null label, for guidance
-        "time_inputs": "t,t-r",  # what the network is told: "t,r", "t,t-r" or "t-r"
+        "time_inputs": "t,t-r",  # what the network is told: "t", "t,r", "t,t-r" or "t-r"
+        "time_scale": 1.0,  # of the times; above 1 MeanFlow diverges: for imported weights alone
+        "prediction": "velocity",  # or noise, of DiT's diffusion: models/prediction.py
         "dtype": "float32",  # of the computation; parameters stay float32
         # Attention: xla, cudnn (GPU, bfloat16) or splash (TPU); and that of du/dt, in forward mode
         # alone: xla or fused. auto: the fastest known for the device.

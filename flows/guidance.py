@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from flows.path import like
@@ -61,38 +62,53 @@ def guided_velocity(
     params,
     label: Array,
     null_label: int,
-    scale: float,
-    interval: tuple[float, float] = (0.0, 1.0),
+    scale: Array | float,
+    interval: Array | tuple[float, float] = (0.0, 1.0),
+    guided: bool | None = None,
 ) -> Callable:
-    """Returns the velocity u(∅) + scale · (u(c) − u(∅)) (arXiv 2207.12598), scalar times.
+    """Returns the velocity u(∅) + scale · (u(c) − u(∅)) (arXiv 2207.12598).
 
     Guided where it is called at a t within `interval` (arXiv 2404.07724); elsewhere, and at
-    scale 1 everywhere, it is u(c) from a single call.
+    scale 1 everywhere, it is u(c) from a single call. Times are scalars, or (n,), where both are
+    called for all samples.
+
+    Args:
+      scale, interval: numbers, or arrays where `guided` says that there is something to guide.
     """
 
     def plain(z: Array, r: Array, t: Array) -> Array:
         r, t = (jnp.broadcast_to(time, z.shape[:1]) for time in (r, t))
         return network(params, z, r, t, label, None)
 
-    def guided(z: Array, r: Array, t: Array) -> Array:
+    def with_null(z: Array, r: Array, t: Array) -> Array:
         r, t = (jnp.broadcast_to(time, z.shape[:1]) for time in (r, t))
         null = jnp.full_like(label, null_label)
         conditional, unconditional = both(network, params, z, r, t, label, null)
-        return unconditional + scale * (conditional - unconditional)
+        factor = like(jnp.where(_inside(t, interval), scale, 1.0), z)
+        return unconditional + factor * (conditional - unconditional)
 
-    if scale == 1:
-        return plain
-    return lambda z, r, t: jax.lax.cond(_inside(t, interval), guided, plain, z, r, t)
+    def guided_where_inside(z: Array, r: Array, t: Array) -> Array:
+        if jnp.ndim(t):
+            return with_null(z, r, t)
+        return jax.lax.cond(_inside(t, interval), with_null, plain, z, r, t)
+
+    if guided is None:
+        guided = bool(scale != 1)
+    return guided_where_inside if guided else plain
+
+
+def calls_at(t, guided: bool, interval) -> Array:
+    """The network calls per sample (NFE) of a velocity called at t: two where guided, int32."""
+    return 1 + jnp.asarray(guided & _inside(t, interval), jnp.int32)
 
 
 def network_calls(times, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> int:
-    """Counts the network calls per sample (NFE) of a velocity called at `times`: two where guided.
+    """Counts the network calls per sample (NFE) of a velocity called at `times`.
 
     Args:
       times: (calls,), `Sampler.times` of the grid.
     """
-    guided = 0 if scale == 1 else sum(bool(_inside(t, interval)) for t in times)
-    return len(times) + guided
+    return int(np.sum(calls_at(np.asarray(times), scale != 1, interval)))
 
 
 def _inside(t, interval):

@@ -62,6 +62,7 @@ class DiT(nn.Module):
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     time_inputs: str = "t,t-r"
+    time_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
     residual_dtype: jnp.dtype = jnp.float32
     attention: str = "xla"
@@ -81,9 +82,8 @@ class DiT(nn.Module):
           dropout_keys: (n,) keys; None turns dropout off.
         """
         height, width, channels = z.shape[1:]
-        c = Condition(self.hidden_size, self.num_classes, self.time_inputs, name="condition")(
-            r, t, label
-        )
+        told = self.num_classes, self.time_inputs, self.time_scale
+        c = Condition(self.hidden_size, *told, name="condition")(r, t, label)
         c = nn.silu(c).astype(self.dtype)
         x = patches(z, self.patch_size).astype(self.dtype)
         x = Dense(self.hidden_size, xavier, self.dtype, name="patch")(x)

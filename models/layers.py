@@ -23,15 +23,16 @@ def sinusoids(t: Array, size: int = 256, max_period: float = 10_000.0) -> Array:
 
 
 class TimeEmbedder(nn.Module):
-    """Times (n,) → float32 (n, hidden_size), as in DiT (arXiv 2212.09748)."""
+    """Times (n,), times `scale`, → float32 (n, hidden_size), as in DiT (arXiv 2212.09748)."""
 
     hidden_size: int
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, t: Array) -> Array:
         """See the class."""
         init = nn.initializers.normal(0.02)
-        h = nn.Dense(self.hidden_size, kernel_init=init, name="in")(sinusoids(t))
+        h = nn.Dense(self.hidden_size, kernel_init=init, name="in")(sinusoids(self.scale * t))
         return nn.Dense(self.hidden_size, kernel_init=init, name="out")(nn.silu(h))
 
 
@@ -45,6 +46,7 @@ class Condition(nn.Module):
     hidden_size: int
     num_classes: int
     time_inputs: str
+    time_scale: float = 1.0
 
     @nn.compact
     def __call__(self, r: Array, t: Array, label: Array) -> Array:
@@ -53,7 +55,8 @@ class Condition(nn.Module):
         told = [name.strip() for name in self.time_inputs.split(",")]
         c = jnp.zeros((t.shape[0], self.hidden_size))
         for name in told:
-            c += TimeEmbedder(self.hidden_size, name=f"time_{name}")(times[name])
+            embed = TimeEmbedder(self.hidden_size, self.time_scale, name=f"time_{name}")
+            c += embed(times[name])
         if self.num_classes:
             table = nn.Embed(
                 self.num_classes + 1,

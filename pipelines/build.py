@@ -21,6 +21,7 @@ from models.attention import FORWARD, REVERSE, forward_attention, reverse_attent
 from models.dit import REMAT, SIZES, DiT
 from models.layers import TIME_INPUTS
 from models.mlp import MLP
+from models.prediction import PREDICTIONS, velocity_from_noise
 from pipelines.plan import FEATURES, FEWEST, MOST_STEPS
 from pipelines.pretrained import Pretrained, load_autoencoder
 from utils.cli import SIZE_KEYS, UserError, absolute, flatten
@@ -49,6 +50,7 @@ RANGES: dict[str, tuple[float, float]] = {  # the least and the most a key may b
     "model.dropout": (0, 0.99),
     "model.class_dropout_prob": (0, 1),
     "model.unroll": (1, 1000),
+    "model.time_scale": (1e-3, 1e6),
     **dict.fromkeys(("flow_matching.time_mean", "mean_flow.time_mean"), (-100, 100)),
     **dict.fromkeys(("flow_matching.time_std", "mean_flow.time_std"), (0, 100)),
     "mean_flow.interval_share": (0, 1),
@@ -74,6 +76,7 @@ CHOICES: dict[str, tuple] = {  # what else a key may be
     "model.attention": ("auto", *REVERSE),
     "model.attention_jvp": ("auto", *FORWARD),
     "model.remat": ("none", *REMAT),
+    "model.prediction": PREDICTIONS,
     "mean_flow.derivative": ("apart", "plain"),
     "autoencoder_dtype": ("float32", "bfloat16"),
     "optimizer.schedule": ("constant", "cosine"),
@@ -194,7 +197,7 @@ def network(
     z, t = jnp.zeros((1, *shape)), jnp.zeros(1)
     module = _module(config.model, shape, num_classes)
     kinds = _by_attention(module, config.model, shape, platform or this_platform())
-    apply, forward, plain = map(_applied, kinds)
+    apply, forward, plain = (_applied(kind, config.model.prediction) for kind in kinds)
     return Network(
         init=lambda key: module.init(key, z, t, t, jnp.zeros(1, jnp.int32))["params"],
         apply=apply,
@@ -214,8 +217,16 @@ def this_platform() -> str:
     return "gpu" if major.isdecimal() and int(major) >= 8 else "other_gpu"
 
 
-def _applied(module: nn.Module) -> Callable:
-    return lambda params, *inputs: module.apply({"params": params}, *inputs)
+def _applied(module: nn.Module, prediction: str) -> Callable:
+    """(parameters, z, r, t, label, dropout_keys) → u, whatever the module predicts."""
+
+    def apply(params: Any, *inputs: Any) -> Any:
+        return module.apply({"params": params}, *inputs)
+
+    def from_noise(params: Any, z: Array, r: Array, t: Array, *rest: Any) -> Any:
+        return velocity_from_noise(lambda y, step: apply(params, y, step, step, *rest), z, t)
+
+    return from_noise if prediction == "noise" else apply
 
 
 def _by_attention(
@@ -262,10 +273,12 @@ def _module(model: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.M
     }
     if model.name == "dit":
         common |= dit_sizes(model, shape)
-        common |= {"remat": model.remat, "unroll": model.unroll}
+        common |= {"remat": model.remat, "unroll": model.unroll, "time_scale": model.time_scale}
         return DiT(**common, dtype=_dtype(model.dtype))
     if model.name == "mlp" and len(shape) > 1:
         raise UserError("model.name=mlp is for points: --model.name=dit for pictures")
+    if model.name == "mlp" and (model.time_scale != 1 or model.prediction != "velocity"):
+        raise UserError("model.time_scale and model.prediction are for model.name=dit")
     if model.name == "mlp":
         common |= _given(model, ("depth", "hidden_size"))
         return MLP(**common)
@@ -388,6 +401,8 @@ def mean_flow_objective(config: ConfigDict, num_classes: int, local: int = 0) ->
     m = config.mean_flow
     if told(config.model) in (["t"], ["r"]):
         raise UserError("MeanFlow needs model.time_inputs of two times, t,t-r, or t-r alone")
+    if config.model.prediction != "velocity":
+        raise UserError("MeanFlow needs --model.prediction=velocity: noise says nothing of r < t")
     guided = m.omega != 1 or m.kappa != 0
     if guided and config.model.class_dropout_prob == 0:
         raise UserError("guidance needs a trained null label: --model.class_dropout_prob=0.1")

@@ -5,10 +5,11 @@ the averaged parameters: a run's `checkpoints/`, or `model.safetensors` where it
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import base
-from flows.guidance import guided_velocity, network_calls
-from flows.samplers import SAMPLERS, uniform_grid
-from models.autoencoder import Autoencoder
-from pipelines import build
+from flows.guidance import calls_at, guided_velocity, network_calls
+from flows.samplers import ADAPTIVE, GRIDS, SAMPLERS, dopri5, grid_of, integrate
+from models.autoencoder import Autoencoder, points
+from pipelines import build, model_card
 from pipelines.pretrained import copy_autoencoder
 from utils import files
 from utils.checkpoint import Checkpoints
@@ -34,7 +35,17 @@ from utils.sources import LARGEST
 from utils.step import SAMPLING, stream
 
 WEIGHTS = "model.safetensors"
+PATH = 1  # of a sample's key: what its way from noise to data draws
 NO_EMA = "none"  # asks for the parameters themselves, not for an average
+Grid = str | tuple[float, ...]  # a name of GRIDS, or the times
+
+
+class Draw(NamedTuple):
+    """Samples over the devices, padded to a multiple of their number; all may still be computed."""
+
+    samples: Array  # (n, ...); of all times, (steps + 1, n, ...)
+    finite: Array  # (n,) bool
+    calls: Array  # (n,) int32: network calls (NFE), a guided one counts two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +58,17 @@ class FlowPipeline:
         trained_guidance (ω′; 1: none), dataset, autoencoder (fingerprint), pictures (where those
         lie that the latents were made of).
       network: (init, apply, null_label), built from the two.
-      autoencoder: latents ↔ pictures; its leaves are its parameters.
-      sampler: `make_sampler` of it, compiled once per step count.
+      sampler: `make_sampler` of it, compiled once per sampler and step count.
       params: the averaged parameters.
+      loaded: an autoencoder that is there already; None: loaded when it is used.
     """
 
     config: ConfigDict
     card: dict[str, Any]
     network: build.Network
-    autoencoder: Autoencoder
-    sampler: Callable[..., tuple[Array, Array]]
+    sampler: Callable[..., Draw]
     params: Any
+    loaded: Autoencoder | None = None
     _places: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -71,13 +82,12 @@ class FlowPipeline:
         """Builds the network that `config` and `card` describe, around `params`.
 
         Args:
-          autoencoder: where it is loaded already; None: the one that config and card name.
+          autoencoder: where it is loaded already; None: the one that config and card name, when it
+            is used.
         """
         shape = tuple(card["shape"])
-        if autoencoder is None:
-            autoencoder = build.autoencoder(config, shape, card.get("autoencoder", ""))
         network = build.network(config, shape, card["num_classes"])
-        return cls(config, card, network, autoencoder, make_sampler(network, shape), params)
+        return cls(config, card, network, make_sampler(network, shape), params, autoencoder)
 
     @classmethod
     def from_pretrained(
@@ -144,9 +154,15 @@ class FlowPipeline:
         card = self.card | trained_card(self.config, self.card, at)
         return dataclasses.replace(self, params=params, card=card)
 
-    def save_pretrained(self, path: str | os.PathLike, dtype: str = "float32") -> None:
+    def save_pretrained(
+        self, path: str | os.PathLike, dtype: str = "float32", readme: str = ""
+    ) -> None:
         """Writes the folder that `from_pretrained` reads; float16 halves its size.
 
+        A copy of the autoencoder goes with it, or its name where it is one on the hub.
+
+        Args:
+          readme: README.md; empty: `model_card.text` of config and card.
         Raises:
           UserError: the folder already holds weights.
         """
@@ -155,12 +171,27 @@ class FlowPipeline:
             raise UserError(f"{folder / WEIGHTS} exists: name another folder, or remove it")
         flat = flatten_dict(jax.device_get(self.params), sep=".")
         tensors = {k: np.ascontiguousarray(v, dtype) for k, v in flat.items()}
-        write_json(folder / "config.json", {**self.config.to_dict(), "autoencoder": ""})
+        place = build.autoencoder_place(self.config) if self.config.use_stable_vae else ""
+        local = bool(place) and os.path.exists(place)
+        config = {**self.config.to_dict(), "autoencoder": "" if local else place}
+        write_json(folder / "config.json", config)
         write_json(folder / "card.json", self.card)
-        if self.config.use_stable_vae:
-            copy_autoencoder(build.autoencoder_place(self.config), folder / build.AUTOENCODER)
+        if local:
+            copy_autoencoder(place, folder / build.AUTOENCODER)
+        files.write(folder / "README.md", readme or model_card.text(self.config, self.card))
         # The weights last and at once: with them it is whole.
         files.write(folder / WEIGHTS, safetensors.numpy.save(tensors))
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """Latents ↔ pictures; its leaves are its parameters.
+
+        Raises:
+          UserError: it is not there, or another than that which made the latents.
+        """
+        if self.loaded is not None:
+            return self.loaded
+        return build.autoencoder(self.config, self.shape, self.card.get("autoencoder", ""))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -182,9 +213,10 @@ class FlowPipeline:
 
         Args and errors are those of `draw`; every process gets all samples.
         """
-        samples, finite = fetch(self.draw(labels, **options))
-        check_finite(finite[: len(labels)])
-        return samples[: len(labels)]
+        n = len(labels)
+        samples, finite, _ = fetch(self.draw(labels, **options))
+        check_finite(finite[:n])
+        return samples[:, :n] if options.get("keep") else samples[:n]
 
     def draw(
         self,
@@ -192,48 +224,126 @@ class FlowPipeline:
         *,
         steps: int = 1,
         sampler: str = "",
+        grid: Grid = "uniform",
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
         indices: np.ndarray | None = None,
-    ) -> tuple[Array, Array]:
-        """Returns samples over the devices, and which are finite, bool; both may still be computed.
-
-        Both are padded to a multiple of the number of devices: what comes after len(labels) is to
-        be left out.
+        noise: np.ndarray | None = None,
+        tolerance: float = 1e-5,
+        keep: bool = False,
+        decode: bool = True,
+    ) -> Draw:
+        """Returns samples over the devices; what comes after len(labels) is to be left out.
 
         Args:
           labels: (n,) int32; num_classes for none.
-          steps: steps of the sampler from t = 1 to t = 0.
-          sampler: of SAMPLERS; empty: meanflow for a network of average velocities, else euler.
+          steps: steps of the sampler from t = 1 to t = 0; dopri5 takes as many as it needs.
+          sampler: of SAMPLERS or dopri5; empty: meanflow for a network of average velocities, else
+            euler.
+          grid: where the steps lie, a name of GRIDS; or their times, from 1 falling to 0.
           guidance: scale of classifier-free guidance; 1 for none.
           guidance_interval: the times t at which it is used.
           indices: (n,) image numbers, default 0 … n − 1. The noise of a picture is a function of
             (seed, its number): neither batches nor devices change it.
+          noise: float32 (n, *shape), instead of that.
+          tolerance: of dopri5, relative and absolute.
+          keep: return the way from noise to data, (steps + 1, n, ...), decoded at every time.
+          decode: pictures; else what the network sees, float32 (n, *shape).
         Raises:
-          UserError: steps below 1, an unknown sampler or one that the network cannot serve, or
-            guidance of a network without labels.
+          UserError: steps below 1, an unknown sampler or one that the network cannot serve, times
+            that do not fall from 1 to 0, noise of another shape, or guidance of a network without
+            labels.
         """
         sampler = self.check(steps, sampler, [guidance])
+        times = self.times(steps, grid)
+        check_adaptive(sampler, grid, tolerance, keep)
         n = len(labels)
-        indices = np.arange(n) if indices is None else indices
         mesh = make_mesh()
         padding = -n % mesh.size
+        indices = np.arange(n) if indices is None else indices
         label, index = (
             jax.device_put(np.pad(np.asarray(a, np.int32), (0, padding)), batch_sharding(mesh))
             for a in (labels, indices)
         )
-        params, codec = self._placed(mesh)
-        interval = tuple(guidance_interval)
-        return self.sampler(params, codec, label, index, seed, steps, sampler, guidance, interval)
+        z, keys = noise_of(self.shape)(seed, index)
+        if noise is not None:
+            z = jax.device_put(_padded(noise, (n, *self.shape), padding), batch_sharding(mesh))
+        params, codec = self._placed(mesh, decode)
+        numbers = numbers_of(times, guidance, guidance_interval, tolerance)
+        return self.sampler(params, codec, label, z, keys, numbers, sampler, guidance != 1, keep)
 
-    def _placed(self, mesh: Mesh) -> tuple[Any, Autoencoder]:
+    def noise(self, seed: int, indices: np.ndarray) -> np.ndarray:
+        """The noise (n, *shape) float32 of pictures by their numbers, as `draw` takes it."""
+        z, _ = noise_of(self.shape)(seed, jnp.asarray(indices, jnp.int32))
+        return np.asarray(z)
+
+    def velocity(
+        self,
+        z: np.ndarray,
+        r: np.ndarray | float,
+        t: np.ndarray | float,
+        labels: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The average velocity u(z, r, t) float32 (n, *shape) over [r, t]; at r = t the velocity.
+
+        Args:
+          z: (n, *shape), what the network sees at time t: 0 is data, 1 noise.
+          r, t: numbers or (n,), 0 ≤ r ≤ t ≤ 1; r = t where flow matching trained the network.
+          labels: (n,) int32; None: the null label.
+        Raises:
+          UserError: other shapes, or times that the network was not taught.
+        """
+        z, r, t = (np.asarray(a, np.float32) for a in (z, r, t))
+        n, null = len(np.atleast_1d(z)), self.network.null_label
+        label = np.full(n, null, np.int32) if labels is None else np.asarray(labels, np.int32)
+        self._check_inputs(z, r, t, label)
+        r, t = (np.broadcast_to(time, n) for time in (r, t))
+        return np.asarray(_apply(self.network.apply)(self.params, z, r, t, label))
+
+    def _check_inputs(self, z: np.ndarray, r: np.ndarray, t: np.ndarray, label: np.ndarray) -> None:
+        """Raises UserError where `velocity` cannot be asked for these."""
+        n, null = len(np.atleast_1d(z)), self.network.null_label
+        given = {"z": z, "r": r, "t": t, "labels": label}
+        fitting: dict[str, tuple] = {"z": ((n, *self.shape),), "labels": ((n,),)}
+        for name, array in given.items():
+            shapes = fitting.get(name, ((), (n,)))
+            if array.shape not in shapes:
+                wanted = " or ".join(str(shape) for shape in shapes)
+                raise UserError(f"{name} has shape {array.shape}: give {wanted}")
+        if any(label < 0) or any(label > null):
+            raise UserError(f"labels from {label.min()} to {label.max()}: give 0 to {null}")
+        if not (np.all(r >= 0) and np.all(r <= t) and np.all(t <= 1)):
+            raise UserError("times must be 0 <= r <= t <= 1: t = 0 is data, t = 1 noise")
+        if not self.averages and np.any(r < t):
+            raise UserError(
+                "flow matching teaches the velocity at r = t alone, and no average over r < t: "
+                "give r = t"
+            )
+
+    def times(self, steps: int, grid: Grid = "uniform") -> np.ndarray:
+        """The times of a grid, float32 (steps + 1,), from 1 to 0.
+
+        Raises:
+          UserError: an unknown name, or times that do not fall from 1 to 0.
+        """
+        if isinstance(grid, str):
+            if grid not in GRIDS:
+                raise UserError(f"no grid {grid!r}: there are {', '.join(GRIDS)}, or give times")
+            return grid_of(steps, grid)
+        times = np.asarray(grid, np.float32)
+        falls = times.ndim == 1 and len(times) > 1 and np.all(np.diff(times) < 0)
+        if not (falls and times[0] == 1 and times[-1] == 0):
+            raise UserError(f"times {tuple(grid)}: they must fall from 1 to 0, as (1, 0.6, 0)")
+        return times
+
+    def _placed(self, mesh: Mesh, decode: bool = True) -> tuple[Any, Autoencoder]:
         """Parameters and autoencoder on every device, put there by the first batch for all."""
-        if mesh not in self._places:
+        if (mesh, decode) not in self._places:
             self._places.clear()
-            both = jax.device_put((self.params, self.autoencoder), replicated(mesh))
-            self._places[mesh] = both
-        return self._places[mesh]
+            codec = self.autoencoder if decode else points()
+            self._places[mesh, decode] = jax.device_put((self.params, codec), replicated(mesh))
+        return self._places[mesh, decode]
 
     def network_calls(
         self,
@@ -241,9 +351,17 @@ class FlowPipeline:
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         sampler: str = "",
+        grid: Grid = "uniform",
     ) -> int:
-        """The number of function evaluations (NFE) per sample."""
-        times = SAMPLERS[self.check(steps, sampler, [guidance])].times(uniform_grid(steps))
+        """The number of function evaluations (NFE) per sample; of dopri5 `draw` counts them.
+
+        Raises:
+          UserError: as `draw`, and for dopri5.
+        """
+        sampler = self.check(steps, sampler, [guidance])
+        if sampler == ADAPTIVE:
+            raise UserError(f"{ADAPTIVE} calls the network as often as a sample needs: see draw")
+        times = SAMPLERS[sampler].times(jnp.asarray(self.times(steps, grid)))
         return network_calls(np.asarray(times), guidance, guidance_interval)
 
     def with_params(self, params: Any) -> "FlowPipeline":
@@ -259,12 +377,12 @@ class FlowPipeline:
         sampler = sampler or ("meanflow" if self.averages else "euler")
         if steps < 1:
             raise UserError(f"steps={steps}: at least 1")
-        if sampler not in SAMPLERS:
-            raise UserError(f"no sampler {sampler!r}: there are {', '.join(SAMPLERS)}")
+        if sampler not in (*SAMPLERS, ADAPTIVE):
+            raise UserError(f"no sampler {sampler!r}: there are {', '.join((*SAMPLERS, ADAPTIVE))}")
         if sampler == "meanflow" and not self.averages:
             raise UserError(
                 "sampler meanflow needs average velocities, which flow matching does not teach: "
-                "use euler or heun"
+                "use euler, heun, euler_stochastic or dopri5"
             )
         for scale in guidance:
             if scale != 1 and self.num_classes == 0:
@@ -272,24 +390,75 @@ class FlowPipeline:
         return sampler
 
 
-def make_sampler(
-    network: build.Network, shape: tuple[int, ...]
-) -> Callable[..., tuple[Array, Array]]:
-    """Returns the jitted (params, autoencoder, label, index, seed, steps, sampler, guidance,
-    interval) → (pictures, which of them are finite, bool (n,)).
+def make_sampler(network: build.Network, shape: tuple[int, ...]) -> Callable[..., Draw]:
+    """Returns the jitted (params, autoencoder, label, noise, keys, numbers, sampler, guided, keep).
+
+    numbers: the times of the grid, guidance, its interval's ends, and dopri5's tolerance; they
+    compile nothing, the number of times does. The last three are static.
     """
 
-    def run(params, autoencoder, label, index, seed, steps, sampler, guidance, interval):
+    def run(params, autoencoder, label, noise, keys, numbers, sampler, guided, keep):
+        times, scale, low, high, tolerance = numbers
+        interval = (low, high)
+        velocity = guided_velocity(
+            network.apply, params, label, network.null_label, scale, interval, guided
+        )
+        if sampler == ADAPTIVE:
+            x, calls = dopri5(velocity, noise, tolerance, lambda t: calls_at(t, guided, interval))
+        else:
+            step, called = SAMPLERS[sampler]
+            x = integrate(step, velocity, noise, times, keys, keep)
+            calls = jnp.full(len(noise), calls_at(called(times), guided, interval).sum())
+        finite = jnp.isfinite(x).all(axis=tuple(range(x.ndim - len(shape), x.ndim)))
+        if keep:
+            return Draw(jax.lax.map(autoencoder.decode, x), finite.all(0), calls)
+        return Draw(autoencoder.decode(x), finite, calls)
+
+    return jax.jit(run, static_argnums=(6, 7, 8))
+
+
+def numbers_of(
+    times: np.ndarray,
+    guidance: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    tolerance: float = 1e-5,
+) -> tuple:
+    """The `numbers` of `make_sampler`."""
+    return (times, *(np.float32(x) for x in (guidance, *interval, tolerance)))
+
+
+@functools.cache
+def noise_of(shape: tuple[int, ...]) -> Callable[[int, Array], tuple[Array, Array]]:
+    """The jitted (seed, index (n,)) → noise (n, *shape), and a key (n,) for each sample's path."""
+
+    def make(seed, index):
         keys = jax.vmap(lambda i: jax.random.fold_in(stream(seed, SAMPLING), i))(index)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-        velocity = guided_velocity(
-            network.apply, params, label, network.null_label, guidance, interval
-        )
-        x = SAMPLERS[sampler].run(velocity, noise, uniform_grid(steps))
-        finite = jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
-        return autoencoder.decode(x), finite
+        return noise, jax.vmap(lambda key: jax.random.fold_in(key, PATH))(keys)
 
-    return jax.jit(run, static_argnums=(5, 6, 7, 8))
+    return jax.jit(make)
+
+
+@functools.lru_cache(maxsize=4)
+def _apply(apply: Callable) -> Callable:
+    return jax.jit(lambda params, *inputs: apply(params, *inputs, None))
+
+
+def _padded(noise: np.ndarray, shape: tuple[int, ...], padding: int) -> np.ndarray:
+    noise = np.asarray(noise, np.float32)
+    if noise.shape != shape:
+        raise UserError(f"noise has shape {noise.shape}: give {shape}")
+    return np.pad(noise, [(0, padding), *[(0, 0)] * (noise.ndim - 1)])
+
+
+def check_adaptive(sampler: str, grid: Grid, tolerance: float, keep: bool) -> None:
+    """Raises UserError where dopri5 is asked for a grid, a path, or what floats cannot hold."""
+    if sampler != ADAPTIVE:
+        return
+    if grid != "uniform" or keep:
+        raise UserError(f"{ADAPTIVE} chooses its own times: leave the grid and the path out")
+    if not 1e-7 <= tolerance <= 1:
+        raise UserError(f"tolerance={tolerance}: from 1e-7, the least that float32 holds, to 1")
 
 
 def check_finite(finite: np.ndarray) -> None:

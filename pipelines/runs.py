@@ -127,7 +127,10 @@ def load_runs(folders: Iterable[str], autoencoder: str = "") -> dict[str, Run]:
       UserError: a folder that holds no run, or two of one name.
     """
     names = run_names(folders).items()
-    return {name: Run(name, path, FlowPipeline.describe(path, autoencoder)) for name, path in names}
+    runs = {name: Run(name, path, FlowPipeline.describe(path, autoencoder)) for name, path in names}
+    for run in runs.values():
+        _ = run.pipeline.autoencoder  # a missing one is told before anything is computed
+    return runs
 
 
 def run_names(folders: Iterable[str]) -> dict[str, epath.Path]:

@@ -322,7 +322,7 @@ def sample_batches(
         for first in range(start, n, size):
             indices = np.arange(first, first + size, dtype=np.int32)
             label = padded[first : first + size]
-            samples, finite = pipeline.draw(label, indices=indices, seed=seed, **options)
+            samples, finite, _ = pipeline.draw(label, indices=indices, seed=seed, **options)
             yield Batch(samples, min(size, n - first), finite)
 
     return batches

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from flows.consistency import self_consistency
 from flows.path import interpolate
 from models.autoencoder import Autoencoder
-from pipelines import build
+from pipelines import build, initial
 from pipelines.flow import FlowPipeline, read_config, read_json, trained_card, write_json
 from pipelines.quick import QuickDistance
 from pipelines.runs import FREE
@@ -75,7 +75,11 @@ def _train(
         raise UserError(f"objective={config.objective!r} is set by the script: leave it out")
     config.objective = objective.func.__name__
     check_best(config)
-    for key in ("data_dir", "autoencoder"):  # who reads the run may stand in another folder
+    for key in (
+        "data_dir",
+        "autoencoder",
+        "init_from",
+    ):  # who reads the run may stand in another folder
         config[key] = absolute(config[key])
     path = files.place(workdir or f"runs/{config.dataset_name}/{config.objective}")
     check_alike({"workdir": str(path), "data": dataset.identity, **flatten(config)})
@@ -86,7 +90,12 @@ def _train(
     options = {key: config[key] for key in ("cache", "batch_size", "seed", "flip")}
     batches = feed(dataset.train, mesh, **options)
     check_workdir(path, config, dataset.identity)
-    card = make_card(config, dataset, shape, network, objective)
+    init, origin = network.init, {}
+    if config.init_from and anywhere(has_checkpoints(path)):
+        origin = {key: read_json(path / "card.json").get(key) for key in ("initialised_from",)}
+    elif config.init_from:
+        init, origin = initial.begin(config, network)
+    card = make_card(config, dataset, shape, network, objective) | origin
     pipeline = FlowPipeline.build(config, card, autoencoder=codec)
     pipeline.check(1, "", [config.sample.guidance])
     evaluate = Evaluate(pipeline, dataset, mesh)  # before anything is written: it may lack weights
@@ -103,7 +112,7 @@ def _train(
         config,
         step,
         mesh=mesh,
-        init=network.init,
+        init=init,
         batches=batches,
         evaluate=evaluate,
         preemption=preemption,
@@ -197,7 +206,7 @@ def check_alike(options: dict[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    names = sorted(options.keys() - {"data_dir", "autoencoder"})
+    names = sorted(options.keys() - {"data_dir", "autoencoder", "init_from"})
     words = [json.dumps(options[name], default=str).encode() for name in names]
     sums = np.array([zlib.crc32(word) for word in words], np.uint32)
     given = multihost_utils.process_allgather(sums)
@@ -259,6 +268,8 @@ def make_card(
         "parameters": build.count_parameters(params),
         "flops_per_step": step_flops(config, shape, dataset.num_classes, objective),
     }
+    if dataset.classes:
+        card["class_names"] = list(dataset.classes)
     return card | trained_card(config, card, 0)
 
 
@@ -284,11 +295,16 @@ def step_flops(
     return flops.count(gradient, params, batch, jax.random.key(0))
 
 
+def has_checkpoints(path: epath.Path) -> bool:
+    """Whether a run's folder holds checkpoints, whole or not."""
+    return any(name[0].isdigit() for name in files.names(path / "checkpoints"))
+
+
 def check_workdir(path: epath.Path, config: ConfigDict, dataset: str) -> None:
     """Raises UserError where `path` holds checkpoints of another config or of other data."""
     if path.is_file():
         raise UserError(f"{path} is a file: name a folder with --workdir")
-    if not any(name[0].isdigit() for name in files.names(path / "checkpoints")):
+    if not has_checkpoints(path):
         return
     old, new = (
         flatten(ConfigDict(json.loads(json.dumps(of.to_dict()))))

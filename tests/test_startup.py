@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from configs import digits, toy
+from flows.samplers import grid_of
 from models.autoencoder import Autoencoder
 from pipelines import build, measure
 from pipelines.extractors import Extractor
-from pipelines.flow import FlowPipeline, make_sampler
+from pipelines.flow import FlowPipeline, make_sampler, noise_of, numbers_of
 from pipelines.train import abstract_arguments, train
 from utils import compilation, data, sharding
 from utils.feed import feed
@@ -281,7 +282,7 @@ def test_features_are_compiled_while_samples_are_and_once():
     extractor = Extractor("mean", "", "", "mean", apply, {"pool": 1})
     with compiled() as names:
         measure.prepare([extractor], 12, (8, 8, 1))  # two for each of eight devices
-        pictures, _ = pipeline().draw(np.zeros(12, np.int32))
+        pictures, *_ = pipeline().draw(np.zeros(12, np.int32))
         applies = jax.device_put((apply,), replicated(make_mesh()))
         found = measure.features_of(applies, pictures)[0]["pool"]
     assert names.count("features_of") == 1
@@ -312,11 +313,13 @@ def test_guidance_outside_its_interval_is_not_computed(sampler):
     stub = pipeline().network._replace(apply=network, null_label=3)
     codec = Autoencoder(None, None, jax.tree_util.Partial(lambda x: x))
     x = jax.ShapeDtypeStruct((6,), jnp.int32)
+    inputs = jax.eval_shape(noise_of((8,)), 0, x)
     weights = jax.ShapeDtypeStruct((8, 8), jnp.float32)
 
     def program(guidance: float) -> str:
         run = make_sampler(stub, (8,))
-        options = (weights, codec, x, x, 0, 4, sampler, guidance, (0.2, 0.7))
+        numbers = numbers_of(grid_of(4), guidance, (0.2, 0.7))
+        options = (weights, codec, x, *inputs, numbers, sampler, guidance != 1, False)
         return run.lower(*options).compile().as_text()
 
     calls = {"euler": 1, "heun": 2}[sampler]

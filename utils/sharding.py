@@ -132,9 +132,10 @@ def _summed(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.lax.psum(part, "data")
 
 
-def born_sharded(init: Callable[[], Any], mesh: Mesh) -> Any:
-    """Runs `init()` so that no device ever holds more than its share of the result."""
-    return jax.jit(init, out_shardings=state_sharding(mesh, jax.eval_shape(init)))()
+def born_sharded(init: Callable[..., Any], mesh: Mesh, *inputs: Any) -> Any:
+    """Runs `init(*inputs)` so that no device ever holds more than its share of the result."""
+    places = state_sharding(mesh, jax.eval_shape(init, *inputs))
+    return jax.jit(init, out_shardings=places)(*inputs)
 
 
 def abstract_state(init: Callable[[], Any], mesh: Mesh) -> Any:

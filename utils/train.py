@@ -9,12 +9,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from utils import files
@@ -47,7 +49,7 @@ def fit(
 
     Args:
       step: `make_step` over `mesh`.
-      init: key → parameters.
+      init: key → parameters; a Partial, where arrays go into them.
       batches: start step → endless batches {x, label, position} over the mesh, `utils.feed.feed`.
       evaluate: (state, logger) → metrics, called every `config.eval_interval` steps and at the end.
       preemption: says whether to stop; entered already.
@@ -124,7 +126,8 @@ def start(
 ) -> TrainState:
     """The state of the newest checkpoint that is whole; a fresh one where there is none at all."""
     if checkpoints.latest is None:
-        return born_sharded(lambda: init_state(config, init), mesh)
+        first = init if isinstance(init, Partial) else Partial(init)
+        return born_sharded(partial(init_state, config), mesh, first)
     abstract = abstract_state(lambda: init_state(config, init), mesh)
     parts = checkpoints.restore_newest(checkpoint_parts(abstract))
     return TrainState(ema=parts["ema"], **parts["train"])

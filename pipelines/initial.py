@@ -1,0 +1,144 @@
+"""Training that starts from parameters that are there already: `init_from`.
+
+MeanFlow from a flow: u(z, t, t) is the flow's velocity, and u is told of r by an embedding that
+has no effect until it has been trained, so at first u(z, r, t) = v(z, t). Labels that the other
+network does not know start as its null label.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax import Array
+from jax.tree_util import Partial
+from ml_collections import ConfigDict
+
+from models.layers import sinusoids
+from pipelines import build
+from pipelines.flow import FlowPipeline
+from utils.cli import UserError
+
+FOLLOWED = ("name", "prediction", "time_scale")  # of the model, what tensors do not show
+
+
+def begin(config: ConfigDict, network: build.Network) -> tuple[Callable[[Array], Any], dict]:
+    """How to make the first parameters, from a key, and what the card says of where they come from.
+
+    The function is a pytree: what was loaded is an argument of what is compiled, and no constant.
+
+    Args:
+      network: the one to be trained.
+    Raises:
+      UserError: `init_from` is no such folder, or is of a network of other sizes.
+    """
+    source = FlowPipeline.from_pretrained(config.init_from)
+    check_alike(source, config)
+    fresh = jax.eval_shape(network.init, jax.random.key(0))
+    loaded = jax.device_get(source.params)
+    loaded["condition"] = fitted_condition(
+        loaded["condition"], fresh["condition"], source.config, config.model
+    )
+    check_shapes(loaded, fresh, config.init_from)
+    before = source.card.get("initialised_from") or {}
+    steps, flops = (
+        (source.card.get(key) or 0) + before.get(key, 0) for key in ("train_steps", "train_flops")
+    )
+    origin = {"path": config.init_from, "train_steps": steps, "train_flops": flops}
+    there, here = (tree["condition"].get("label") for tree in (source.params, fresh))
+    if jax.process_index() == 0:
+        print(f"starting from {config.init_from}, after {steps:,} steps", file=sys.stderr)
+        if jax.tree.map(jnp.shape, there) != jax.tree.map(jnp.shape, here):
+            print("its labels are others: all start as its null label", file=sys.stderr)
+    return Partial(_merged(network.init), loaded), {"initialised_from": origin}
+
+
+def _merged(init: Callable) -> Callable:
+    """(loaded, key) → parameters: fresh ones where nothing was loaded."""
+
+    def merge(fresh: Any, loaded: Any) -> Any:
+        if not isinstance(fresh, dict):
+            return jnp.asarray(loaded, fresh.dtype)
+        return {k: merge(v, loaded[k]) if k in loaded else v for k, v in fresh.items()}
+
+    return lambda loaded, key: merge(init(key), loaded)
+
+
+def check_alike(source: FlowPipeline, config: ConfigDict) -> None:
+    """Raises UserError where two networks differ in what their tensors do not show."""
+    theirs, ours = source.config.model, config.model
+    for key in FOLLOWED:
+        if theirs[key] != ours[key]:
+            raise UserError(
+                f"init_from={config.init_from} has model.{key}={theirs[key]}: give "
+                f"--model.{key}={theirs[key]}, or another network"
+            )
+    if ours.name != "dit":
+        return
+    heads = build.dit_sizes(theirs, source.shape)["num_heads"]
+    mine = build.dit_sizes(ours, source.shape)["num_heads"]
+    if heads != mine:
+        raise UserError(
+            f"init_from={config.init_from} has {heads} heads, this network {mine}: give "
+            f"--model.num_heads={heads}"
+        )
+
+
+def fitted_condition(loaded: dict, fresh: dict, source: ConfigDict, model: ConfigDict) -> dict:
+    """The embeddings of times and labels, for a network that may be told other ones.
+
+    What was the same for every sample becomes part of a bias; what is new gets an output of zeros.
+
+    Args:
+      loaded, fresh: parameters of `models.layers.Condition`, arrays and shapes.
+      source: the config of the run that was loaded. model: of the network to be trained.
+    Raises:
+      UserError: the new network is not told a time that the other one needs.
+    """
+    given, wanted = build.told(source.model), build.told(model)
+    still = {"t-r"} if source.objective == "flow_matching" else set()  # t − r was always 0
+    kept = [name for name in given if name not in still]
+    if missing := [name for name in kept if name not in wanted]:
+        raise UserError(
+            f"init_from is told {','.join(given)}: give --model.time_inputs with {missing[0]}"
+        )
+    constant = sum(embedded_zero(loaded[f"time_{name}"]) for name in still & set(given))
+    fitted = {f"time_{name}": loaded[f"time_{name}"] for name in kept}
+    for name in set(wanted) - set(kept):
+        out = fresh[f"time_{name}"]["out"]
+        fitted[f"time_{name}"] = {"out": {k: np.zeros(v.shape) for k, v in out.items()}}
+    table = loaded["label"]["embedding"] if "label" in loaded else np.zeros((1, 1))
+    if "label" not in fresh:
+        constant = constant + table[-1]
+    else:
+        shape = fresh["label"]["embedding"].shape
+        rows = table if table.shape == shape else np.broadcast_to(table[-1:], shape)
+        fitted["label"] = {"embedding": rows}
+    first = fitted[f"time_{kept[0]}"]
+    out = {**first["out"], "bias": first["out"]["bias"] + constant}
+    return fitted | {f"time_{kept[0]}": {**first, "out": out}}
+
+
+def embedded_zero(embedder: dict) -> np.ndarray:
+    """What `models.layers.TimeEmbedder` makes of time 0, (hidden_size,)."""
+    first, second = embedder["in"], embedder["out"]
+    h = sinusoids(jnp.zeros(1))[0] @ first["kernel"] + first["bias"]
+    return np.asarray(jax.nn.silu(h) @ second["kernel"] + second["bias"])
+
+
+def check_shapes(loaded: Any, fresh: Any, path: str) -> None:
+    """Raises UserError, naming the first, where tensors do not fit those of a fresh network."""
+    found, wanted = (
+        {k: v.shape for k, v in flatten_dict(tree, sep=".").items()} for tree in (loaded, fresh)
+    )
+    wrong = [k for k in sorted(found.keys() | wanted.keys()) if found.get(k) != wanted.get(k)]
+    wrong = [k for k in wrong if not (k.startswith("condition.time_") and k not in found)]
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"init_from={path} is another network: {name} is {found.get(name)} there and "
+            f"{wanted.get(name)} here; give this one its sizes (see its config.json)"
+        )
