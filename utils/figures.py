@@ -1,12 +1,14 @@
-"""Grids of pictures, curves and scatter panels, written as PNG.
+"""Grids of pictures, with words or without, curves and scatter panels, written as PNG.
 
 matplotlib and Pillow are imported where they are used: both cost start-up time.
 """
 
+import functools
 import math
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from utils import files
 
 CELL = 48  # pixels: smaller pictures are enlarged by a whole factor to about this height
 GAP = 2  # pixels of white between pictures
+LABELLED = 96  # pixels: the least height of a picture with words above it, which are to be read
 DPI = 130
 
 
@@ -59,13 +62,9 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     images = np.asarray(images)
     if images.ndim == 2 and images.shape[1] == 2:
         return _pixels(_mosaic([[Tile("", images)]]))
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise ValueError(f"a grid needs (n, H, W, 1 or 3) uint8, not {images.shape} {images.dtype}")
-    if not len(images):
-        raise ValueError("a grid needs at least one picture")
+    _check_pictures(images)
     images = _enlarged(images)
-    columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))
-    rows = math.ceil(len(images) / columns)
+    rows, columns = _shape(len(images), columns)
     _, height, width, channels = images.shape
     cells = np.full((rows * columns, height + GAP, width + GAP, channels), 255, np.uint8)
     cells[: len(images), :height, :width] = images
@@ -74,17 +73,137 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     return np.pad(sheet, ((GAP, 0), (GAP, 0), (0, 0)), constant_values=255)
 
 
+def labelled(
+    images: np.ndarray,
+    words: Sequence[str],
+    columns: int | None = None,
+    heads: Sequence[str] = (),
+) -> np.ndarray:
+    """Lays pictures out row by row on white, each under words of its own.
+
+    Args:
+      images: (n, H, W, C) uint8, C = 1 or 3, enlarged to 96 pixels or more.
+      words: n of them, of two lines at most; what does not fit is cut.
+      columns: pictures per row; None: as square as possible.
+      heads: words above the columns; empty: none.
+
+    Returns:
+      uint8 (height, width, C).
+
+    Raises:
+      ValueError: as `grid`, or another number of words.
+    """
+    from PIL import Image, ImageDraw
+
+    images = np.asarray(images)
+    _check_pictures(images)
+    images = images.repeat(factor := enlargement(images.shape[1]), axis=1).repeat(factor, axis=2)
+    rows, columns = _shape(len(images), columns)
+    if len(words) != len(images) or len(heads) not in (0, columns):
+        raise ValueError(f"{len(images)} pictures in {columns} columns need as many words")
+    _, height, width, channels = images.shape
+    size = max(12, width // 14)
+    font, bold = _font(size), _font(size, "-Bold")
+    line = round(1.25 * size)
+    told = [_lines(text, width, font) for text in words]
+    above = line * max(map(len, told)) + 2 * GAP
+    top = round(1.5 * line) if heads else 0
+    step_x, step_y = width + 2 * GAP, height + above + GAP
+    mode, white = ("L", 255) if channels == 1 else ("RGB", (255, 255, 255))
+    sheet = Image.new(mode, (columns * step_x + 2 * GAP, top + rows * step_y + GAP), white)
+    draw = ImageDraw.Draw(sheet)
+    for column, head in enumerate(heads):
+        x = 2 * GAP + column * step_x + width // 2
+        draw.text((x, top // 2), _cut(head, width, bold), fill=0, font=bold, anchor="mm")
+    for i, (image, lines) in enumerate(zip(images, told, strict=True)):
+        x, y = 2 * GAP + i % columns * step_x, top + i // columns * step_y
+        for number, text in enumerate(lines):  # the last one right above the picture
+            down = above - line * (len(lines) - number - 0.5) - GAP
+            draw.text((x + width // 2, y + down), text, fill=0, font=font, anchor="mm")
+        sheet.paste(Image.fromarray(_squeezed(image)), (x, y + above))
+    return np.asarray(sheet).reshape(sheet.height, sheet.width, channels)
+
+
+def enlargement(height: int) -> int:
+    """The whole factor by which `labelled` enlarges pictures of a height."""
+    return max(1, math.ceil(LABELLED / height))
+
+
+@functools.cache
+def _font(size: int, weight: str = "") -> Any:
+    """DejaVu Sans, which matplotlib brings, of `size` pixels: Latin, Greek and Cyrillic."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(
+        f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans{weight}.ttf", size
+    )
+
+
+def _lines(text: str, width: int, font: Any) -> list[str]:
+    """The words in two lines at most."""
+    if font.getlength(text) <= width:
+        return [text] if text else []
+    letters = max(1, int(len(text) * width / font.getlength(text)))
+    first, *rest = textwrap.wrap(text, letters, break_long_words=False) or [text]
+    return [_cut(part, width, font) for part in (first, " ".join(rest)) if part]
+
+
+def _cut(text: str, width: int, font: Any) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def _check_pictures(images: np.ndarray) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(f"a grid needs (n, H, W, 1 or 3) uint8, not {images.shape} {images.dtype}")
+    if not len(images):
+        raise ValueError("a grid needs at least one picture")
+
+
+def _shape(count: int, columns: int | None) -> tuple[int, int]:
+    """Rows and columns of a grid."""
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    return math.ceil(count / columns), columns
+
+
 def _enlarged(images: np.ndarray) -> np.ndarray:
     factor = max(1, round(CELL / images.shape[1]))
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes uint8 (H, W), (H, W, 1) or (H, W, 3) as PNG; an older file is replaced at once."""
+def save_png(
+    path: str | os.PathLike, image: np.ndarray, text: Mapping[str, str] | None = None
+) -> None:
+    """Writes uint8 (H, W), (H, W, 1) or (H, W, 3) as PNG; an older file is replaced at once.
+
+    Args:
+      text: what the file says of itself, {keyword of 1 to 79 Latin letters: any text}, as chunks
+        that `exiftool`, `identify -verbose` and `read_text` show.
+    """
+    from PIL import Image, PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)  # as iTXt where it is not Latin-1
+    picture = Image.fromarray(_squeezed(image))
+    files.write(path, lambda file: picture.save(file, format="png", pnginfo=info))
+
+
+def read_text(path: str | os.PathLike) -> dict[str, str]:
+    """What `save_png` was given as `text`."""
     from PIL import Image
 
-    squeezed = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
-    files.write(path, lambda file: Image.fromarray(squeezed).save(file, format="png"))
+    with Image.open(path, formats=["PNG"]) as picture:
+        picture.load()  # text may follow the pixels
+        return {key: str(value) for key, value in picture.text.items()}  # type: ignore[attr-defined]
+
+
+def _squeezed(image: np.ndarray) -> np.ndarray:
+    return image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
 
 
 def save_grid(path: str | os.PathLike, images: np.ndarray, columns: int | None = None) -> None:
@@ -156,7 +275,16 @@ def save_mosaic(
     _save_figure(_mosaic(rows, names), path)
 
 
-def _mosaic(rows: Sequence[Sequence[Tile]], names: Sequence[str] = ()):
+def mosaic(
+    rows: Sequence[Sequence[Tile]], names: Sequence[str] = (), limits: np.ndarray | None = None
+) -> np.ndarray:
+    """The same as uint8 (height, width, 3); `limits`, points (n, 2), set those of all tiles."""
+    return _pixels(_mosaic(rows, names, limits))
+
+
+def _mosaic(
+    rows: Sequence[Sequence[Tile]], names: Sequence[str] = (), limits: np.ndarray | None = None
+):
     columns = max(map(len, rows))
     shape = rows[0][0].content.shape
     aspect = shape[0] / shape[1] if len(shape) == 3 else 1.0
@@ -168,7 +296,7 @@ def _mosaic(rows: Sequence[Sequence[Tile]], names: Sequence[str] = ()):
         ax.set_visible(False)
     for row, tiles in enumerate(rows):
         for ax, tile in zip(axes[row], tiles, strict=False):
-            _draw_tile(ax, tile, _limits(tiles[0].content))
+            _draw_tile(ax, tile, _limits(tiles[0].content if limits is None else limits))
     for ax, name in zip(axes[:, 0], names, strict=False):
         ax.set_ylabel(name, fontsize=10)
     return figure

@@ -1,0 +1,176 @@
+"""Animations: the way from noise to pictures, and pictures along a way through several noises."""
+
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from pipelines.flow import check_finite
+from pipelines.sampling import Job
+from pipelines.sampling_files import stem
+from utils import figures
+from utils.animation import save_animation
+from utils.log import progress
+from utils.sharding import fetch
+
+SMOOTH = 20  # frames a second of an interpolation, and at most of the way from noise
+RESTS = 0.25  # of a video's time, in which the finished pictures stand still
+SHOWN = 36  # pictures of a frame at most
+SHARP = 64  # pixels: pictures up to this height keep every pixel as it is
+
+
+class Film(NamedTuple):
+    """Frames uint8 (height, width, C), and how they are shown."""
+
+    frames: Iterator[np.ndarray]
+    length: int
+    fps: float
+    hold: float  # seconds more for the last frame
+    sharp: bool
+
+
+def write(job: Job) -> tuple[pathlib.Path, int]:
+    """Writes the animation that the job's options ask for; returns where, and its frames.
+
+    Raises:
+      UserError: samples that are not finite, a missing autoencoder, or an ffmpeg that fails.
+    """
+    _ = job.pipeline.autoencoder  # a missing one is told first
+    options = job.options
+    film = denoising(job) if options.video == "denoising" else interpolation(job)
+    path = job.out / f"{stem(job)}_{options.video}.{options.video_format}"
+    save_animation(
+        path,
+        film.frames,
+        film.length,
+        kind=options.video_format,
+        fps=film.fps,
+        hold=film.hold,
+        sharp=film.sharp,
+    )
+    return path, film.length
+
+
+# From noise to pictures.
+
+
+def denoising(job: Job) -> Film:
+    """The samples at each time of the grid, decoded; the last ones stand still for a while.
+
+    Raises:
+      UserError: samples that are not finite.
+    """
+    seconds = job.options.video_seconds
+    times = job.pipeline.times(job.steps[0], job.grid)
+    most = max(2, int(SMOOTH * seconds * (1 - RESTS)))
+    shown = np.linspace(0, len(times) - 1, min(most, len(times))).round().astype(int)
+    way = _way(job)[shown]
+    frames = (_frame(job, x, f"t = {t:.2f}", way) for x, t in zip(way, times[shown], strict=True))
+    fps = len(shown) / (seconds * (1 - RESTS))
+    return Film(frames, len(shown), fps, RESTS * seconds, job.points or way.shape[2] <= SHARP)
+
+
+def _way(job: Job) -> np.ndarray:
+    """The samples at every time, (steps + 1, n, …), drawn in batches."""
+    labels, indices = job.labels, job.indices
+    labels, indices = (labels, indices) if job.points else (labels[:SHOWN], indices[:SHOWN])
+    size = min(job.options.batch_size, len(labels))
+    if job.points:
+        size = len(labels)
+    parts = []
+    with progress(0, len(labels), "picture", "samples") as bar:
+        for start in range(0, len(labels), size):
+            part = np.minimum(np.arange(start, start + size), len(labels) - 1)
+            kept = min(size, len(labels) - start)
+            way, finite, _ = fetch(
+                job.pipeline.draw(
+                    labels[part],
+                    indices=indices[part],
+                    **job.settings,
+                    steps=job.steps[0],
+                    keep=True,
+                )
+            )
+            check_finite(finite[:kept])
+            parts.append(way[:, :kept])
+            bar.update(kept)
+    return np.concatenate(parts, axis=1)
+
+
+def _frame(job: Job, samples: np.ndarray, head: str, way: np.ndarray) -> np.ndarray:
+    if job.points:
+        return figures.mosaic([[figures.Tile(head, samples)]], limits=way[[0, -1]].reshape(-1, 2))
+    words = [job.name_of(label) for label in job.labels[: len(samples)]]
+    columns = len(job.words) if 1 < len(job.words) <= 9 and job.num > 1 else None
+    columns = min(len(samples), columns or int(np.ceil(np.sqrt(len(samples)))))
+    return figures.labelled(samples, words, columns, [head] + [""] * (columns - 1))
+
+
+# From noise to noise.
+
+
+def interpolation(job: Job) -> Film:
+    """A picture of each label, on a way through `num` noises and back to the first.
+
+    Raises:
+      UserError: samples that are not finite.
+    """
+    labels = job.labels[: min(len(job.words), SHOWN)]
+    count = max(2, round(job.options.video_seconds * SMOOTH / job.num)) * job.num
+    own = job.indices.reshape(job.num, len(job.words))[:, : len(labels)]
+    stops = np.stack([job.pipeline.noise(job.seed, row) for row in own])
+    samples = _along(job, labels, own[0], loop(stops, count))
+    words = [job.name_of(label) for label in labels]
+    frames = (figures.labelled(each, words) for each in samples)
+    fps = count / job.options.video_seconds
+    return Film(frames, count, fps, 0.0, samples.shape[2] <= SHARP)
+
+
+def _along(job: Job, labels: np.ndarray, indices: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Pictures uint8 (frames, n, H, W, C) from noise (frames, n, …), drawn in batches."""
+    count, n = noise.shape[:2]
+    flat = noise.reshape(count * n, *noise.shape[2:])
+    every, paths = np.tile(labels, count), np.tile(indices, count)
+    size = min(job.options.batch_size, len(flat))
+    parts = []
+    with progress(0, len(flat), "picture", "samples") as bar:
+        for start in range(0, len(flat), size):
+            part = np.minimum(np.arange(start, start + size), len(flat) - 1)
+            kept = min(size, len(flat) - start)
+            samples, finite, _ = fetch(
+                job.pipeline.draw(
+                    every[part],
+                    indices=paths[part],  # of a stochastic sampler: one path through all frames
+                    noise=flat[part],
+                    **job.settings,
+                    steps=max((*job.steps, 1)),
+                )
+            )
+            check_finite(finite[:kept])
+            parts.append(samples[:kept])
+            bar.update(kept)
+    pictures = np.concatenate(parts)
+    return pictures.reshape(count, n, *pictures.shape[1:])
+
+
+def loop(stops: np.ndarray, frames: int) -> np.ndarray:
+    """Noise float32 (frames, n, …) on a closed way through `stops` (k, n, …), the first one first.
+
+    Between two it is spherical (Shoemake, SIGGRAPH 1985, "slerp"), so that what lies between is as
+    likely as noise as they are; on a straight line it would be too short by up to √2.
+    """
+    where = np.arange(frames) * len(stops) / frames
+    return np.stack([_slerp(stops[int(p)], stops[(int(p) + 1) % len(stops)], p % 1) for p in where])
+
+
+def _slerp(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
+    """What lies at a share of the arc from each of a (n, …) to that of b."""
+    axes = tuple(range(1, a.ndim))
+    lengths = [np.sqrt(np.sum(np.float64(x) ** 2, axes, keepdims=True)) for x in (a, b)]
+    cosine = np.sum(np.float64(a) * b, axes, keepdims=True) / (lengths[0] * lengths[1])
+    angle = np.arccos(np.clip(cosine, -1, 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        arc = (np.sin((1 - share) * angle) * a + np.sin(share * angle) * b) / np.sin(angle)
+    straight = (1 - share) * a + share * b  # of noises that are the same
+    return np.where(np.sin(angle) > 1e-6, arc, straight).astype(np.float32)
