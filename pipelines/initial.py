@@ -110,13 +110,14 @@ def fitted_condition(loaded: dict, fresh: dict, source: ConfigDict, model: Confi
     for name in set(wanted) - set(kept):
         out = fresh[f"time_{name}"]["out"]
         fitted[f"time_{name}"] = {"out": {k: np.zeros(v.shape) for k, v in out.items()}}
-    table = loaded["label"]["embedding"] if "label" in loaded else np.zeros((1, 1))
+    width = len(loaded[f"time_{given[0]}"]["out"]["bias"])
+    table = loaded["label"]["embedding"] if "label" in loaded else np.zeros((1, width))
     if "label" not in fresh:
         constant = constant + table[-1]
     else:
         shape = fresh["label"]["embedding"].shape
-        rows = table if table.shape == shape else np.broadcast_to(table[-1:], shape)
-        fitted["label"] = {"embedding": rows}
+        other = len(table) != shape[0]
+        fitted["label"] = {"embedding": np.repeat(table[-1:], shape[0], 0) if other else table}
     first = fitted[f"time_{kept[0]}"]
     out = {**first["out"], "bias": first["out"]["bias"] + constant}
     return fitted | {f"time_{kept[0]}": {**first, "out": out}}
