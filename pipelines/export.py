@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 from configs import base
 from models.autoencoder_kl import AutoencoderKL
 from models.autoencoder_tiny import AutoencoderTiny
+from models.layers import TIME_INPUTS
 from pipelines import build, model_card, runs
 from pipelines.flow import FlowPipeline, check_described, read_config, read_json, write_json
 from pipelines.pretrained import CONFIG, KL_SCALING, SAFETENSORS, Pretrained, load_autoencoder
@@ -125,6 +126,17 @@ def load(options: Options) -> FlowPipeline:
 # Out
 
 
+def write(options: Options) -> None:
+    """Writes the folder of `FlowPipeline.save_pretrained`, with its model card.
+
+    Raises:
+      UserError: as `load`, or the folder holds weights already.
+    """
+    pipeline = load(options)
+    readme = model_card.text(pipeline.config, pipeline.card, name=options.out)
+    pipeline.save_pretrained(options.out, options.dtype, readme)
+
+
 def write_diffusers(
     pipeline: FlowPipeline, folder: str | os.PathLike, dtype: str = "float32"
 ) -> list[str]:
@@ -175,6 +187,8 @@ def torch_config(config: ConfigDict, card: dict[str, Any]) -> dict[str, Any]:
             f"only a DiT on pictures or latents goes to diffusers, and this network is of {what}: "
             "scripts/export.py writes it for JAX"
         )
+    if not set(build.told(m)) <= set(TIME_INPUTS):
+        raise UserError(f"model.time_inputs={m.time_inputs!r}: a choice of t,r,t-r")
     values = {**m.to_dict(), **build.dit_sizes(m, shape), "time_inputs": ",".join(build.told(m))}
     return {
         "_class_name": "FlowTransformer2DModel",

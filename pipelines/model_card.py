@@ -177,7 +177,7 @@ def _what(config: ConfigDict, card: dict[str, Any]) -> str:
     if card.get("origin"):
         lines.append(f"Its weights were imported from {card['origin']}.")
     names = card.get("class_names") or ()
-    if 0 < len(names) <= 20:
+    if 0 < len(names) <= 20 and list(names) != [str(i) for i in range(len(names))]:
         lines.append(f"The classes, from 0: {', '.join(names)}.")
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ cli.define_flags(export.Options)
 def main(_) -> None:
     """Run → folder."""
     options = cli.read_flags(export.Options)
-    export.load(options).save_pretrained(options.out, options.dtype)
+    export.write(options)
     print(f"written to {options.out}")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import subprocess
 import sys
 
 import jax
@@ -15,11 +16,12 @@ from flax.traverse_util import flatten_dict
 
 from configs import digits
 from pipelines import export, model_card
-from pipelines.export import Options, read_diffusers, write_diffusers
+from pipelines.export import INDEX, Options, read_diffusers, write_diffusers
 from pipelines.flow import FlowPipeline
 from tests.small import write_autoencoder
 from utils.cli import UserError
 
+ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 2, "unroll": 1}
 WEIGHTS = pathlib.Path("transformer", "diffusion_pytorch_model.safetensors")
 
@@ -162,6 +164,28 @@ def test_an_autoencoder_that_diffusers_does_not_know(tmp_path, shared):
     assert 'output_type="latent"' in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_command(tmp_path):
+    run, out = ROOT / "pretrained" / "digits_mean_flow", tmp_path / "out"
+    words = [f"--workdir={run}", f"--out={out}", "--licence=mit", "--dtype=float16"]
+    script = [sys.executable, ROOT / "export_diffusers.py"]
+    done = subprocess.run([*script, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"written to {out}\n"
+    assert (out / INDEX).exists() and front((out / "README.md").read_text())["license"] == "mit"
+
+
+def test_a_folder_for_jax(tmp_path, monkeypatch):
+    small().save_pretrained(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    export.write(Options(workdir="run", out="a/out", licence="mit"))
+    text = (tmp_path / "a" / "out" / "README.md").read_text()
+    assert "--workdir=a/out" in text and front(text)["license"] == "mit"
+    back = leaves(FlowPipeline.from_pretrained("a/out").params)
+    assert all(np.array_equal(back[k], a) for k, a in leaves(small().params).items())
+    with pytest.raises(UserError, match="exists: name another folder"):
+        export.write(Options(workdir="run", out="a/out"))
+
+
 # What does not fit
 
 
@@ -198,9 +222,16 @@ def test_folders_of_something_else(written, tmp_path):
         read_diffusers(written)
     for file in (written / "training").iterdir():
         file.unlink()
-    path.write_text(json.dumps(config | {"hidden_size": "wide"}))
-    with pytest.raises(UserError, match="describes no network of this project"):
-        read_diffusers(written)
+    for key, value, message in (
+        ("hidden_size", "wide", "describes no network of this project"),
+        ("num_layers", 10**9, "is none of this project: model.depth"),
+        ("time_inputs", "t,s", "a choice of t,r,t-r"),
+        ("sample_size", [8], "its shape cannot be"),
+        ("prediction", "x", "is none of this project: model.prediction"),
+    ):
+        path.write_text(json.dumps(config | {key: value}))
+        with pytest.raises(UserError, match=message):
+            read_diffusers(written)
     index = written / "model_index.json"
     index.write_text(json.dumps({"_class_name": "DiTPipeline"}))
     with pytest.raises(UserError, match="holds a DiTPipeline, no pipeline that"):

@@ -9,9 +9,11 @@ velocity u that is MeanFlow (arXiv 2505.13447), with the velocity at r = t it is
 
 # mypy: ignore-errors
 
+import difflib
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -190,10 +192,12 @@ class FlowPipeline(DiffusionPipeline):
         """The number of a class, from it or from its name."""
         classes = self.transformer.config.num_classes
         if isinstance(label, str):
-            if label not in self.labels:
-                known = ", ".join(list(self.labels)[:20]) or "none"
-                raise ValueError(f"no class {label!r}; there are {known}")
-            return self.labels[label]
+            plain = {_plain(name): number for name, number in self.labels.items()}
+            if label not in self.labels and _plain(label) not in plain:
+                near = difflib.get_close_matches(_plain(label), plain, n=1)
+                known = f"did you mean {near[0]!r}?" if near else ", ".join(list(plain)[:20])
+                raise ValueError(f"no class {label!r}: {known or 'they have no names here'}")
+            return self.labels.get(label, plain.get(_plain(label)))
         if not 0 <= int(label) <= classes:
             raise ValueError(f"class {label}: from 0 to {classes - 1}, or {classes} for none")
         return int(label)
@@ -271,6 +275,11 @@ class FlowPipeline(DiffusionPipeline):
         network = type(self.transformer)
         index["transformer"] = [_copied(network, folder / "transformer"), network.__name__]
         (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _plain(name: str) -> str:
+    """A name without regard to case, and to spaces written as _ or -."""
+    return " ".join(re.split(r"[\s_-]+", name.casefold().strip()))
 
 
 def _copied(kind: type, folder: pathlib.Path) -> str:

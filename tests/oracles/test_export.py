@@ -226,9 +226,11 @@ def test_classes_have_names(tmp_path):
         pipe(labels, latents=latents, output_type="pt").images
         for labels in (["digit 3", "digit 9"], [3, 9])
     )
-    assert torch.equal(a, b) and pipe.get_label_ids("digit 9") == [9]
-    with pytest.raises(ValueError, match="no class 'digit 11'; there are digit 0, digit 1"):
-        pipe("digit 11")
+    assert torch.equal(a, b) and pipe.get_label_ids(["digit 9", "Digit_2"]) == [9, 2]
+    with pytest.raises(ValueError, match="no class 'digti 3': did you mean 'digit 3'"):
+        pipe("digti 3")
+    with pytest.raises(ValueError, match="no class 'cat': digit 0, digit 1"):
+        pipe("cat")
 
 
 MISUSES = {
