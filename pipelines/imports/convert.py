@@ -107,11 +107,14 @@ def expected(style: Format, s: Sizes) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def convert(style: Format, tensors: Tensors) -> tuple[dict[str, np.ndarray], Sizes, list[str]]:
+def convert(
+    style: Format, tensors: Tensors, timeless: bool = False
+) -> tuple[dict[str, np.ndarray], Sizes, list[str]]:
     """Returns our parameters by name ("blocks.mlp.in.kernel"), the sizes, and what is left out.
 
     Args:
       tensors: floating-point arrays by their names, without the names of wrappers.
+      timeless: their network is told time 0 always: jax-flow's `t_conditioning=0`.
     Raises:
       ValueError: tensors are missing, unknown or misshapen; queries and keys are normed; positions
         are others than ours.
@@ -133,6 +136,8 @@ def convert(style: Format, tensors: Tensors) -> tuple[dict[str, np.ndarray], Siz
         value = ours[f"head.out.{leaf}"]
         grouped = value.reshape(*value.shape[:-1], s.patch_size**2, s.outputs)[..., kept]
         ours[f"head.out.{leaf}"] = grouped.reshape(*value.shape[:-1], -1)
+    if timeless:
+        ours = without_time(ours)
     if style.reverses:
         ours = reversed_time(ours, style.time_scale)
     left += [f"{s.outputs - s.channels} channels of the last layer"] * (s.outputs > s.channels)
@@ -159,7 +164,7 @@ def reversed_time(params: dict[str, np.ndarray], time_scale: float) -> dict[str,
 
 
 def without_time(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The parameters of net(z, 0), whatever t is: jax-flow's `t_conditioning=0`."""
+    """The parameters of net(z, 0), whatever t is, from those of net(z, t)."""
     kernel, bias = (params[f"condition.time_t.in.{leaf}"] for leaf in ("kernel", "bias"))
     constant = bias + kernel[: SINUSOIDS // 2].sum(axis=0)  # cosines of 0 are 1
     return params | {

@@ -85,12 +85,11 @@ def converted(options: Import) -> tuple[FlowPipeline, list[str]]:
     """
     style = FORMATS[options.format]
     checkpoint = read.read(pathlib.Path(options.checkpoint), options.format, options.ema)
+    timeless = checkpoint.config.get("t_conditioning", 1) == 0
     try:
-        params, sizes, left = convert.convert(style, checkpoint.tensors)
+        params, sizes, left = convert.convert(style, checkpoint.tensors, timeless)
     except ValueError as error:
         raise UserError(mismatch(options, checkpoint.tensors, error)) from error
-    if checkpoint.config.get("t_conditioning", 1) == 0:
-        params = convert.without_time(params)
     config = described(style, sizes, options)
     card = make_card(style, sizes, config, options, checkpoint)
     tree = unflatten_dict(params, sep=".")

@@ -67,7 +67,7 @@ def save_torch(network: torch.nn.Module, bare: bool) -> Callable[[pathlib.Path],
         state = network.state_dict()
         if not bare:
             args = argparse.Namespace(model="SiT-S/2", image_size=256)
-            raw = {name: value + 1 for name, value in state.items()}
+            raw = {k: value + (k != "pos_embed") for k, value in state.items()}
             optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
             state = {"model": raw, "ema": state, "opt": optimizer.state_dict(), "args": args}
         torch.save(state, path)
@@ -184,7 +184,7 @@ def jax_flow(size: str = "", bare: bool = False, t_conditioning: int = 1, **size
         return -np.asarray(network.apply({"params": params}, z, time, labels, train=False))
 
     def save(path: pathlib.Path) -> None:
-        raw = jax.tree.map(lambda a: a + 1, params)
+        raw = jax.tree.map(lambda a: a + 1, params) | {"pos_embed": params["pos_embed"]}
         trainer = argparse.Namespace(
             model=states.TrainState.create(network, raw, tx=optax.adam(1e-4, 0.9, 0.99)),
             model_eps=states.TrainState.create(network, params),
