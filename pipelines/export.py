@@ -33,7 +33,7 @@ from models.autoencoder_kl import AutoencoderKL
 from models.autoencoder_tiny import AutoencoderTiny
 from models.layers import TIME_INPUTS
 from pipelines import build, model_card, runs
-from pipelines.flow import FlowPipeline, check_described, read_config, read_json, write_json
+from pipelines.flow import NO_EMA, FlowPipeline, check_described, read_config, read_json, write_json
 from pipelines.pretrained import CONFIG, KL_SCALING, SAFETENSORS, Pretrained, load_autoencoder
 from utils import files
 from utils.cli import UserError
@@ -113,7 +113,9 @@ def load(options: Options) -> FlowPipeline:
     pipeline = run.load(step, ema)
     card = {**pipeline.card, "ema": pipeline.card.get("ema") or ema}
     card["licence"] = options.licence or card.get("licence") or ""
-    measured = card.get("measured") or model_card.measured_in_training(run.path, step)
+    measured = card.get("measured") or []
+    if not measured and ema != NO_EMA:  # which is measured on averages
+        measured = model_card.measured_in_training(run.path, step)
     if options.results:
         config = pipeline.config
         by = model_card.measured_by(options.results, options.workdir, config, card)

@@ -33,7 +33,7 @@ LICENCES = (
 # Of a number that was measured: the fields of an evaluation's row that are kept in the card.
 KEPT = (
     *("run", "metric", "value", "deviation", "steps", "nfe", "sampler", "sampling_guidance"),
-    *("guidance_interval", "ema", "num_samples", "labels", "seed", "protocol", "reference"),
+    *("grid", "guidance_interval", "ema", "num_samples", "labels", "seed", "protocol", "reference"),
 )
 QUICK = re.compile(r"(?P<metric>\w+)_quick_(?P<count>\d+)/(?P<steps>\d+)_steps?")
 
@@ -58,7 +58,7 @@ def text(
         f"# {os.path.basename(name) or _data(config, card)}\n\n{_what(config, card)}",
         f"## Use\n\n{_use(config, card, library, name or '.')}",
         f"## Training data\n\n{_training_data(config, card)}",
-        f"## Recipe\n\n{_recipe(config, card)}",
+        f"## Recipe\n\n{_recipe(config, card, library)}",
         f"## Metrics\n\n{_metrics(card.get('measured') or [])}",
         f"## Licence\n\n{_licence(card)}",
     )
@@ -107,7 +107,8 @@ def measured_by(
     """The rows of eval_fid.py's results.json that are of this network, and of real data beside it.
 
     Args:
-      workdir: the run's folder; rows are known by its name, its objective and its training step.
+      workdir: the run's folder; rows are known by its name, its objective, its training step and,
+        where the card says it, the average's decay.
     Raises:
       UserError: no such file, another kind of file, or none of its rows is of this network.
     """
@@ -126,18 +127,24 @@ def measured_by(
         if row["objective"] == config.objective
         and row["train_steps"] == card.get("train_steps")
         and folder.endswith(f"/{row['run']}")
+        and row["ema"] in (None, card.get("ema", row["ema"]))
     ]
     if not mine:
         there = sorted({f"{r['run']} at step {r['train_steps']}" for r in rows if r["train_steps"]})
         raise UserError(
             f"--results={results} holds no row of {os.path.basename(folder)} at step "
-            f"{card.get('train_steps')}, only of {', '.join(there) or 'real data'}: evaluate it "
-            "with eval_fid.py, or give --checkpoint"
+            f"{card.get('train_steps')}{_of_average(card)}, only of "
+            f"{', '.join(there) or 'real data'}: evaluate it with eval_fid.py, or give "
+            "--checkpoint or --ema"
         )
     kinds = {(row["metric"], row["protocol"]) for row in mine}
     real = [r for r in rows if r["steps"] is None and (r["metric"], r["protocol"]) in kinds]
     kept = mine + [row for row in real if row not in mine]
     return [{key: row[key] for key in KEPT if row[key] is not None} for row in kept]
+
+
+def _of_average(card: dict[str, Any]) -> str:
+    return f" and EMA {card['ema']}" if card.get("ema") else ""
 
 
 # Sections
@@ -239,7 +246,7 @@ def _training_data(config: ConfigDict, card: dict[str, Any]) -> str:
     return " ".join(lines)
 
 
-def _recipe(config: ConfigDict, card: dict[str, Any]) -> str:
+def _recipe(config: ConfigDict, card: dict[str, Any], library: Library) -> str:
     """A table: one line per choice that a paper's appendix would name."""
     if card.get("origin") and not card.get("train_steps"):
         return f"It was trained elsewhere: {card['origin']} says how."
@@ -269,7 +276,8 @@ def _recipe(config: ConfigDict, card: dict[str, Any]) -> str:
         ("seed", config.seed),
     ]
     body = "\n".join(f"| {key} | {value} |" for key, value in rows if value not in ("", None, {}))
-    return f"| | |\n|---|---|\n{body}\n\n`config.json` holds every key of it."
+    where = "config.json" if library == "jax" else "training/config.json"
+    return f"| | |\n|---|---|\n{body}\n\n`{where}` holds every key of it."
 
 
 def _count(card: dict[str, Any], key: str) -> str:
@@ -315,6 +323,7 @@ COLUMNS: dict[str, Callable[[Any], str]] = {
     "steps": str,
     "nfe": str,
     "sampler": str,
+    "grid": str,
     "sampling_guidance": lambda v: f"{v:g}",
     "guidance_interval": str,
     "num_samples": lambda v: f"{v:,}",

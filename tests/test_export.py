@@ -348,6 +348,11 @@ def test_metrics_carry_their_protocol(tmp_path):
     config = small().config
     by = model_card.measured_by(results, tmp_path / "a" / "mean_flow", config, small().card)
     assert [r["value"] for r in by] == [3.43, 1.25]
+    averaged = small().card | {"ema": "0.99"}
+    with pytest.raises(UserError, match=r"at step 5 and EMA 0\.99, only of mean_flow at step"):
+        results.write_text(json.dumps({"rows": [row | {"ema": "none"}]}))
+        model_card.measured_by(results, tmp_path / "mean_flow", config, averaged)
+    results.write_text(json.dumps({"rows": [*rows, real]}))
     text = model_card.text(config, small().card | {"measured": found + by})
     assert "Protocol: 2015 Inception. Reference: training split of digits." in text
     assert "| mean_flow | fid | 3.43 |" in text and "9.9" not in text and "50,000" in text
