@@ -197,6 +197,20 @@ def test_without_an_autoencoder_there_are_latents_alone(folder):
         pipe(num_samples=2)
     images = pipe(num_samples=2, num_inference_steps=1, output_type="latent").images
     assert images.shape == (2, 4, 8, 8)
+    with_one = opened(folder / "latents", vae=AutoencoderKL(latent_channels=4))  # of one size
+    assert with_one(num_inference_steps=1, height=8, output_type="np").images.shape == (1, 8, 8, 3)
+
+
+def test_an_autoencoder_that_overflows_is_computed_in_float32(tmp_path):
+    ours = random_pipeline(
+        "mean_flow", 10, (8, 8, 4), (), str(write_autoencoder(tmp_path / "autoencoder"))
+    )
+    write_diffusers(ours, tmp_path / "out")
+    whole, half = (opened(tmp_path / "out", dtype=d) for d in (torch.float32, torch.float16))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    a, b = (pipe(3, latents=latents, output_type="pt").images for pipe in (whole, half))
+    assert half.vae.config.force_upcast and half.vae.dtype == torch.float32
+    assert (a - b).abs().max() < 0.02 and b.dtype == torch.float32
 
 
 def test_noise_and_labels_are_the_generators(folder):
