@@ -111,7 +111,9 @@ def load(options: Options) -> FlowPipeline:
     (step,) = run.checkpoints([options.checkpoint])
     ema = run.average(options.ema)
     pipeline = run.load(step, ema)
-    card = {**pipeline.card, "ema": pipeline.card.get("ema") or ema}
+    card = {**pipeline.card}
+    if not card.get("origin"):  # of imported weights nothing of the kind is known
+        card.setdefault("ema", ema)
     card["licence"] = options.licence or card.get("licence") or ""
     measured = card.get("measured") or []
     if not measured and ema != NO_EMA:  # which is measured on averages
