@@ -4,6 +4,8 @@ The data of these tests are a Gaussian, x ~ N(μ, σ²), of which everything is 
 a perfect network predicts, E[ε | y], and the velocity E[ε − x | z].
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,7 +102,7 @@ def test_sampling_from_pure_noise_is_finite_and_arrives(points):
     z = jnp.asarray(np.random.default_rng(1).normal(size=(4096, 1)), jnp.float32)
     times = np.linspace(1, 0, 65, dtype=np.float32)
     step = jax.jit(lambda z, t: velocity_from_noise(exact_noise, z, jnp.full(4096, t)))
-    for t, r in zip(times[:-1], times[1:], strict=True):
+    for t, r in itertools.pairwise(times):
         z = z - (t - r) * step(z, t)
     assert jnp.isfinite(z).all()
     assert float(z.mean()) == pytest.approx(MEAN, abs=0.03)

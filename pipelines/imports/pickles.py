@@ -8,7 +8,8 @@ anything, and a stand-in is not what it stands for.
 import mmap
 import pathlib
 import pickle
-from typing import Any
+import pickletools
+from typing import IO, Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +23,7 @@ DTYPES = {  # as numpy writes them, without the order of bytes
 }
 
 
-DEEPEST, MOST = 100, 1_000_000  # things in one another, and all
+DEEPEST, MOST = 100, 200_000  # things in one another, and all
 
 
 class Refused(pickle.UnpicklingError):
@@ -143,6 +144,7 @@ def load(path: pathlib.Path) -> Any:
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _check_memo(data)
             return _plain(_Reader(data).load())
     except Refused as error:
         raise UserError(
@@ -153,6 +155,14 @@ def load(path: pathlib.Path) -> Any:
         raise UserError(
             f"{path} is no whole pickle ({type(error).__name__}: {error}): copy it again"
         ) from error
+
+
+def _check_memo(data: mmap.mmap) -> None:
+    """Refuses numbers of memory slots that a reader would allocate: 5 bytes can ask for 64 GB."""
+    for operation, argument, _ in pickletools.genops(cast(IO[bytes], data)):
+        if operation.name.endswith("PUT") and int(argument or 0) > MOST:
+            raise Refused("it asks for more memory than it fills")
+    data.seek(0)
 
 
 def _plain(value: Any, depth: int = 0, seen: list[int] | None = None) -> Any:

@@ -8,6 +8,7 @@ import argparse
 import mmap
 import pathlib
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -171,9 +172,8 @@ def _torch(path: pathlib.Path) -> Any:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except pickle.UnpicklingError as error:
-        told = " ".join(str(error).split())
-        asks = told.partition("Unsupported global: ")[2].partition(" was not")[0]
-        what = f"it asks for {asks[:100]}" if asks else told[:200]
+        named = re.search(r"unsupported global:? (\S+)", str(error), re.IGNORECASE)
+        what = f"it asks for {named[1][:100]}" if named else " ".join(str(error).split())[:200]
         raise UserError(f"{path} is refused, it holds more than tensors: {what}") from error
     except Exception as error:  # a damaged file raises what it likes
         reason = " ".join(str(error).split())[:200]

@@ -2,6 +2,7 @@
 files: `make oracles` with PEERS=FOLDER, as tests/oracles/peers.py says; skipped without.
 """
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import flax
 import jax
 import numpy as np
 import pytest
+import torch
 
 from pipelines.flow import FlowPipeline
 from pipelines.imports import folder
@@ -137,4 +139,34 @@ def test_normed_queries_are_refused(tmp_path):
     file = saved("meanflow_torch", public, tmp_path)
     with pytest.raises(UserError, match=r"queries and keys are normed .*attn\.q_norm"):
         folder.run(Import("meanflow_torch", str(file), str(tmp_path / "out"), num_heads=4))
+    assert not (tmp_path / "out").exists()
+
+
+class Canary:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["archive", "pickle"])
+def test_a_file_of_torch_runs_nothing(zipped, tmp_path):
+    content = {"ema": {"a": torch.ones(2)}, "b": Canary(tmp_path / "canary")}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"holds more than tensors: it asks for posix\.mkdir"):
+        folder.run(Import("sit", str(tmp_path / "a.pt"), str(tmp_path / "out")))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_damaged_files_of_torch_are_refused(tmp_path):
+    public = public_networks.sit(**TINY)
+    public.save(tmp_path / "a.pt")
+    whole = (tmp_path / "a.pt").read_bytes()
+    for kept in (0, 10, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "a.pt").write_bytes(whole[:kept])
+        with pytest.raises(UserError, match=r"a\.pt cannot be read|a\.pt is refused"):
+            folder.run(Import("sit", str(tmp_path / "a.pt"), str(tmp_path / "out"), num_heads=4))
     assert not (tmp_path / "out").exists()
