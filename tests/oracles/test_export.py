@@ -151,6 +151,15 @@ def test_mnist_in_one_line(folder):
     assert pipe(num_samples=2).images[1].size == (28, 28)
 
 
+def test_the_code_of_its_card_runs(folder, monkeypatch):
+    both("mean_flow", folder)
+    monkeypatch.chdir(folder)
+    text = (folder / "mean_flow" / "README.md").read_text()
+    space: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0], space)
+    assert [image.size for image in space["images"]] == [(8, 8)] * 4
+
+
 def test_pictures_are_those_of_ours(folder):
     ours, pipe = both("mean_flow", folder)
     latents = torch.from_numpy(noise(ours)).permute(0, 3, 1, 2)
