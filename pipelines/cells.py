@@ -23,6 +23,7 @@ class Row(NamedTuple):
     train_steps: int | None  # of the checkpoint
     ema: str | None
     sampler: str | None
+    grid: str | None  # of times
     steps: int | None
     nfe: int | None  # network calls per sample
     sampling_guidance: float | None

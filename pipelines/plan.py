@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from flows.samplers import SAMPLERS
+from flows.samplers import ADAPTIVE, GRIDS, SAMPLERS
 from pipelines import extractors, measure
 from utils import files
 from utils.cli import UserError
@@ -40,7 +40,10 @@ class Plan(NamedTuple):
       guidance: Scales ω of classifier-free guidance in sampling, by commas; 1 for none. A run
         trained with guidance needs none, and every other scale doubles the network calls.
       guidance_interval: Times LOW:HIGH at which guidance is used, by commas; t = 1 is noise.
-      sampler: Of meanflow, euler and heun, by commas; by default what the run was trained for.
+      sampler: Of meanflow, euler, heun and euler_stochastic, by commas; by default what the run
+        was trained for.
+      grid: Where the steps lie, by commas: uniform, cosine (short at both ends), quadratic (short
+        near the data) or shifted (short near the noise).
       checkpoint: Of each run: latest, best (as --best_metric of its training had it), all, or
         steps, by commas.
       ema: Decays of averaged parameters, by commas, or none; by default the run's own.
@@ -79,6 +82,7 @@ class Plan(NamedTuple):
     guidance: tuple[float, ...] = (1.0,)
     guidance_interval: tuple[str, ...] = ("0:1",)
     sampler: tuple[str, ...] = ()
+    grid: tuple[str, ...] = ("uniform",)
     checkpoint: tuple[str, ...] = ("latest",)
     ema: tuple[str, ...] = ()
     seed: tuple[int, ...] = (0,)
@@ -115,13 +119,21 @@ def checked(plan: Plan) -> Plan:
         raise UserError("--workdir and --samples do not go together: measure one, then the other")
     if plan.samples and not plan.reference:
         raise UserError("--samples need something to compare with: give --reference=FOLDER")
-    for name in ("steps", "guidance", "guidance_interval", "checkpoint", "seed", "features"):
+    for name in (
+        "steps",
+        "guidance",
+        "guidance_interval",
+        "grid",
+        "checkpoint",
+        "seed",
+        "features",
+    ):
         if not getattr(plan, name):
             raise UserError(f"--{name} is empty: leave it out for the default")
     _check_numbers(plan)
     check_words(plan)
     intervals(plan)
-    words = ("guidance_interval", "sampler", "ema", "features", "protocol", "metrics")
+    words = ("guidance_interval", "sampler", "grid", "ema", "features", "protocol", "metrics")
     once: dict[str, Any] = {name: tuple(dict.fromkeys(getattr(plan, name))) for name in words}
     numbers = ("steps", "guidance", "seed")
     once |= {name: tuple(sorted(set(getattr(plan, name)))) for name in numbers}
@@ -151,10 +163,16 @@ def check_words(plan: Plan) -> None:
     """Raises UserError where an option is none of the words that it may be."""
     known = {
         "sampler": tuple(SAMPLERS),
+        "grid": tuple(GRIDS),
         "features": FEATURES,
         "metrics": METRICS,
         "protocol": tuple(dict.fromkeys(p for ps in extractors.PROTOCOLS.values() for p in ps)),
     }
+    if ADAPTIVE in plan.sampler:
+        raise UserError(
+            f"--sampler={ADAPTIVE} has no step count: draw by sample.py --sampler={ADAPTIVE}, then "
+            "measure those pictures with --samples=FOLDER --reference=..."
+        )
     for name, words in known.items():
         for word in getattr(plan, name):
             if word not in words:

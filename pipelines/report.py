@@ -21,7 +21,7 @@ OBJECTIVES = {"flow_matching": "flow matching", "mean_flow": "MeanFlow"}
 VERSIONS = ("jax", "flax", "numpy", "pillow")
 # What sets the lines of a table apart: a column where it differs, or always where it is named.
 LINE = (
-    *("run", "objective", "train_steps", "ema", "sampler", "trained_guidance"),
+    *("run", "objective", "train_steps", "ema", "sampler", "grid", "trained_guidance"),
     *("sampling_guidance", "guidance_interval", "train_images", "train_flops"),
 )
 ALWAYS = (
@@ -289,6 +289,7 @@ def _differences(section: Section, line: Cell) -> list[str]:
         "checkpoint": f"step {line.checkpoint:,}",
         "ema": f"EMA {line.ema}",
         "sampler": line.sampler,
+        "grid": line.grid,
         "guidance": f"ω = {line.guidance:g}",
         "interval": f"t in {line.interval[0]:g}…{line.interval[1]:g}",
     }
@@ -369,6 +370,7 @@ def _differences_short(section: Section, cell: Cell) -> list[str]:
         "checkpoint": cell.checkpoint,
         "ema": f"ema{cell.ema}",
         "sampler": cell.sampler,
+        "grid": cell.grid,
         "guidance": f"g{cell.guidance:g}",
         "interval": f"t{cell.interval[0]:g}-{cell.interval[1]:g}",
     }

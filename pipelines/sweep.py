@@ -30,6 +30,7 @@ from utils.samples import Samples
 from utils.sharding import fetch
 
 COLUMNS = 10  # of a grid of samples
+UNIFORM = "uniform"  # the grid of times that there always was
 _LABELS = 1  # sets the random streams of one seed apart
 
 
@@ -40,6 +41,7 @@ class Cell(NamedTuple):
     checkpoint: int
     ema: str
     sampler: str
+    grid: str
     guidance: float
     interval: Interval
     seed: int
@@ -156,8 +158,10 @@ def _section(cells: Cells, group: Group) -> Section:
     stick, rows, samples = group.yardstick, {}, {}
     for cell in group.cells:
         name, found = cell_name(group, cell), cells.rows(cell_name(group, cell))
-        # By the name that this table gives the run, which others beside it can lengthen.
-        rows[cell] = [row._replace(run=cell.run) for key in stick.keys for row in found[key]]
+        # By the name that this table gives the run, which others beside it can lengthen; and by
+        # the grid asked for, since one step is the same on all.
+        facts = {"run": cell.run, "grid": cell.grid}
+        rows[cell] = [row._replace(**facts) for key in stick.keys for row in found[key]]
         samples[cell] = cells.samples(name)
     return Section(
         title=stick.title,
@@ -179,6 +183,7 @@ def _cells(run: Run, plan: Plan) -> list[Cell]:
         run.checkpoints(plan.checkpoint),
         [run.average(word) for word in plan.ema or ("",)],
         [run.pipeline.check(1, word, plan.guidance) for word in plan.sampler or ("",)],
+        plan.grid,
         plan.guidance,
         intervals(plan),
         plan.seed,
@@ -196,6 +201,10 @@ def cell_name(group: Group, cell: Cell) -> str:
     words = [run.path.name, f"at{cell.checkpoint}", cell.sampler, f"steps{cell.steps}"]
     words += [f"g{cell.guidance:g}"] if cell.guidance != 1 else []
     identity = cell._replace(run=run.identity(cell.checkpoint))._asdict()
+    if cell.grid == UNIFORM or cell.steps == 1:  # as cells were named before there were grids
+        del identity["grid"]
+    else:
+        words += [cell.grid]
     return name_of([*words, f"n{n}"], {**identity, "n": n, "labels": group.plan.labels})
 
 
@@ -265,7 +274,10 @@ def _facts(run: Run, pipeline: FlowPipeline, cell: Cell, plan: Plan) -> dict[str
         "ema": cell.ema,
         "sampler": cell.sampler,
         "steps": cell.steps,
-        "nfe": pipeline.network_calls(cell.steps, cell.guidance, cell.interval, cell.sampler),
+        "grid": cell.grid,
+        "nfe": pipeline.network_calls(
+            cell.steps, cell.guidance, cell.interval, cell.sampler, cell.grid
+        ),
         "sampling_guidance": cell.guidance,
         "guidance_interval": interval,
         "labels": plan.labels if pipeline.num_classes > 1 else None,
@@ -336,6 +348,7 @@ def _cell_batches(group: Group, cell: Cell, labels: np.ndarray) -> Callable[[int
         seed=cell.seed,
         steps=cell.steps,
         sampler=cell.sampler,
+        grid=cell.grid,
         guidance=cell.guidance,
         guidance_interval=cell.interval,
     )

@@ -172,7 +172,12 @@ MISTAKES = {
     "many steps": ("eval_fid.py --workdir=x --steps=99999999999", "at most 10000"),
     "guidance": ("eval_fid.py --workdir=x --guidance=nan", "finite numbers, 1 for none"),
     "guidance interval": ("eval_fid.py --workdir=x --guidance_interval=0.8:0.1", "as 0.1:0.8"),
-    "sampler": ("eval_fid.py --workdir=x --sampler=ddim", "there are meanflow, euler, heun"),
+    "sampler": (
+        "eval_fid.py --workdir=x --sampler=ddim",
+        "there are meanflow, euler, heun, eul",
+    ),
+    "adaptive": ("eval_fid.py --workdir=x --sampler=dopri5", "draw by sample.py --sampler=dopri5"),
+    "grid": ("eval_fid.py --workdir=x --grid=cubic", "there are uniform, cosine, quadratic"),
     "seeds": ("eval_fid.py --workdir=x --seed=-1", "from 0 to 2147483647"),
     "few samples": ("eval_fid.py --workdir=x --num_samples=2", "at least 4, and 2000 say more"),
     "labels": ("eval_fid.py --workdir=x --labels=none", "value should be one of <random|balanced>"),

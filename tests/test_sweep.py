@@ -15,7 +15,7 @@ from PIL import Image
 
 from configs import toy
 from pipelines import classifier, groups, report, runs, sweep, yardsticks
-from pipelines.flow import FlowPipeline
+from pipelines.flow import Draw, FlowPipeline
 from pipelines.plan import Plan, checked
 from pipelines.sweep import draw_labels, grid_labels
 from utils import data
@@ -24,7 +24,7 @@ from utils.sharding import batch_sharding, make_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEADER = (
-    "run,objective,train_steps,ema,sampler,steps,nfe,sampling_guidance,guidance_interval,"
+    "run,objective,train_steps,ema,sampler,grid,steps,nfe,sampling_guidance,guidance_interval,"
     "trained_guidance,train_images,train_flops,metric,features,resize,value,deviation,"
     "deviation_of,num_samples,labels,seed,protocol,reference,reference_fingerprint,commit"
 )
@@ -70,17 +70,17 @@ class Fake:
     def check(self, steps, sampler, guidance):
         return sampler or "meanflow"
 
-    def network_calls(self, steps, guidance, interval, sampler):
+    def network_calls(self, steps, guidance, interval, sampler, grid):
         return steps * (1 if guidance == 1 else 2)
 
-    def draw(self, labels, *, steps, sampler, guidance, guidance_interval, seed, indices):
+    def draw(self, labels, *, steps, sampler, grid, guidance, guidance_interval, seed, indices):
         self.calls.append((steps, guidance, seed, labels.copy(), indices.copy()))
         rngs = [np.random.default_rng((seed, int(i))) for i in indices]
         drawn = [self.make(rng, label, steps) for rng, label in zip(rngs, labels, strict=True)]
         padded = np.stack(drawn + drawn[:1] * (-len(drawn) % 8))
         place = batch_sharding(make_mesh())
         finite = np.isfinite(padded.reshape(len(padded), -1)).all(axis=1)
-        return jax.device_put((padded, finite), place)
+        return Draw(*jax.device_put((padded, finite, finite), place))
 
 
 def evaluate(runs, plan, out, cache_dir="runs/cache"):
@@ -571,3 +571,18 @@ def test_pictures_are_kept_where_that_is_asked(tmp_path, cache, real):
     with np.load(file) as arrays:
         assert arrays["arr_0"].shape == (30, 8, 8, 3)
         np.testing.assert_array_equal(arrays["arr_0"][7, ..., :1], drawn)
+
+
+def test_grids_of_times_are_lines_of_the_table_and_one_step_is_drawn_once(real, cache, tmp_path):
+    run = Fake(real)
+    plan = PLAN._replace(steps=(1, 2), grid=("uniform", "cosine"), metrics=("fid",))
+    table = evaluate({"run": run}, plan, tmp_path, cache)
+    assert "| uniform |" in table and "| cosine |" in table
+    found = rows_of(tmp_path)
+    assert len(pick(found, metric="fd_classifier", grid="cosine", steps=2)) == 1
+    one = [pick(found, metric="fd_classifier", grid=grid, steps=1) for grid in ("uniform", "cosine")]
+    assert len(one[0]) == 1 and one[0] == one[1]
+    measured = [steps for steps, *_ in run.calls if steps]
+    again = Fake(real)
+    evaluate({"run": again}, plan, tmp_path, cache)
+    assert not again.calls and measured.count(1) < measured.count(2)
