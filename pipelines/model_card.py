@@ -32,7 +32,17 @@ LICENCES = (
 )
 # Of a number that was measured: the fields of an evaluation's row that are kept in the card.
 KEPT = (
-    *("run", "metric", "value", "deviation", "steps", "nfe", "sampler", "sampling_guidance"),
+    *(
+        "run",
+        "metric",
+        "value",
+        "deviation",
+        "deviation_of",
+        "steps",
+        "nfe",
+        "sampler",
+        "sampling_guidance",
+    ),
     *("grid", "guidance_interval", "ema", "num_samples", "labels", "seed", "protocol", "reference"),
 )
 QUICK = re.compile(r"(?P<metric>\w+)_quick_(?P<count>\d+)/(?P<steps>\d+)_steps?")
@@ -209,8 +219,7 @@ def _use(config: ConfigDict, card: dict[str, Any], library: Library, name: str) 
         labels = f"np.full(16, {card['num_classes']})" if not card["num_classes"] else None
         labels = labels or f"np.arange(16) % {card['num_classes']}"
         return (
-            f"```\npython sample.py --workdir={name}{label} --steps={steps} --num=16\n"
-            f"python eval_fid.py --workdir={name} --steps={steps}\n```\n\n"
+            f"```\npython sample.py --workdir={name}{label} --steps={steps} --num=16\n```\n\n"
             "```python\nimport numpy as np\n\nfrom pipelines.flow import FlowPipeline\n\n"
             f'pipe = FlowPipeline.from_pretrained("{name}")\n'
             f"samples = pipe({labels}, steps={steps}, seed=0)\n```"
@@ -330,19 +339,34 @@ COLUMNS: dict[str, Callable[[Any], str]] = {
     "ema": str,
     "seed": str,
 }
+SETTINGS = ("sampler", "grid", "sampling_guidance", "guidance_interval", "ema", "seed")
 
 
 def _table(protocol: str, reference: str, rows: Sequence[dict[str, Any]]) -> str:
-    columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
-    lines = [
-        [COLUMNS[c](row[c]) if row.get(c) is not None else "" for c in columns] for row in rows
-    ]
+    """Its numbers; what is the same for all of the network's is said once, below."""
+    told = {c: {_cell(c, row) for row in rows if row.get("steps")} - {""} for c in COLUMNS}
+    same = [c for c in SETTINGS if len(told[c]) == 1]
+    columns = [c for c in COLUMNS if c not in same and any(_cell(c, row) for row in rows)]
+    lines = [[_cell(c, row) for c in columns] for row in rows]
     heads = [c.replace("_", " ") for c in columns]
     table = "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines))
-    stated = f"\n\nProtocol: {protocol}." + (f" Reference: {reference}." if reference else "")
-    return table + stated
+    stated = [f"All samples: {', '.join(f'{_words(c)} {min(told[c])}' for c in same)}."] * any(same)
+    spreads = sorted({row["deviation_of"] for row in rows if row.get("deviation_of")})
+    stated += [f"± is one standard deviation over: {', '.join(spreads)}."] * any(spreads)
+    stated += [f"Protocol: {protocol}."] + [f"Reference: {reference}."] * bool(reference)
+    return f"{table}\n\n{' '.join(stated)}"
+
+
+def _cell(column: str, row: dict[str, Any]) -> str:
+    return "" if row.get(column) is None else COLUMNS[column](row[column])
+
+
+def _words(column: str) -> str:
+    return {"ema": "EMA", "guidance_interval": "guided at t"}.get(column, column.replace("_", " "))
 
 
 def _licence(card: dict[str, Any]) -> str:
     licence = (card.get("licence") or "").strip()
-    return f"{licence}." if licence else "Not stated: ask those who trained it before you share it."
+    return (
+        f"`{licence}`" if licence else "Not stated: ask those who trained it before you share it."
+    )

@@ -296,7 +296,7 @@ def test_the_card_of_a_trained_network():
         *("# digits\n", "757,828 parameters", "arXiv 2505.13447", "10 classes"),
         *("`digits` (fingerprint 0123abcd)", "| batch | 128 |", "| steps | 5 |"),
         *("AdamW, β₁ 0.9, β₂ 0.95", "| images | 640 |", "| training FLOPs | 1.5e+12 |"),
-        *("| EMA | 0.99 |", "ω′ = 4 (ω = 2, κ = 0.5) for t in [0, 1]", "CC-BY-4.0."),
+        *("| EMA | 0.99 |", "ω′ = 4 (ω = 2, κ = 0.5) for t in [0, 1]", "`CC-BY-4.0`"),
         *("--workdir=somewhere/digits --labels=-1 --steps=1", "None were measured."),
     ):
         assert words in text, words
