@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -216,6 +216,21 @@ def save_curves(path: str | os.PathLike, panels: Sequence[Panel], ylabel: str) -
 
     One legend serves all panels: curves and lines of one label look alike.
     """
+    figure = _panels(panels, _draw_panel)
+    figure.supxlabel("sampling steps", fontsize=10)
+    figure.supylabel(ylabel, fontsize=10)
+    _save_figure(figure, path)
+
+
+def save_logs(path: str | os.PathLike, panels: Sequence[Panel]) -> None:
+    """Writes panels of what was logged by training step: y logarithmic, each panel with its own."""
+    figure = _panels(panels, _draw_log)
+    figure.supxlabel("training steps", fontsize=10)
+    _save_figure(figure, path)
+
+
+def _panels(panels: Sequence[Panel], draw: Callable) -> Any:
+    """A figure of panels, three in a row, and one legend of them all."""
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     size = (6.4, 4.8) if len(panels) == 1 else (4.0 * columns, 3.0 * rows + 0.6)
@@ -226,12 +241,25 @@ def save_curves(path: str | os.PathLike, panels: Sequence[Panel], ylabel: str) -
     names = dict.fromkeys(curve.label for panel in panels for curve in panel.curves)
     colours = {name: f"C{i}" for i, name in enumerate(names)}
     for ax, panel in zip(axes, panels, strict=False):
-        _draw_panel(ax, panel, colours)
-    figure.supxlabel("sampling steps", fontsize=10)
-    figure.supylabel(ylabel, fontsize=10)
+        draw(ax, panel, colours)
     shown = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}  # noqa: B905
     figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=2, fontsize=9)
-    _save_figure(figure, path)
+    return figure
+
+
+def _draw_log(ax, panel: Panel, colours: dict[str, str]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for curve in panel.curves:
+        ax.plot(curve.x, curve.y, color=colours[curve.label], label=curve.label, linewidth=1.3)
+    for height in panel.lines.values():
+        ax.axhline(height, color="0.35", linewidth=1, linestyle=":")
+    ax.set(yscale="log")
+    ax.set_title(panel.title, fontsize=10)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.grid(alpha=0.25)
 
 
 def _draw_panel(ax, panel: Panel, colours: dict[str, str]) -> None:
