@@ -75,7 +75,7 @@ def stem(job: Job) -> str:
     if asked and job.names:
         parts.append("_".join(asked) if len(asked) <= 3 else f"{len(asked)}_labels")
     parts += [f"steps{'_'.join(map(str, job.steps))}"] if job.steps else []
-    parts += [job.sampler] if options.sampler else []
+    parts += [job.sampler] if job.sampler != job.pipeline.check(1, "", []) else []
     parts += [f"tolerance{options.tolerance:g}"] if options.tolerance != TOLERANCE else []
     if job.grid != "uniform":
         parts.append(

@@ -259,7 +259,7 @@ def make_card(
       shape: of what the network sees.
     """
     params = jax.eval_shape(network.init, jax.random.key(0))
-    card = {
+    card: dict[str, Any] = {
         "dataset": dataset.identity,
         "autoencoder": dataset.autoencoder,
         "pictures": dataset.origin,
