@@ -31,6 +31,7 @@ from pipelines.imports import convert, folder, pickles, read
 from pipelines.imports.folder import Import
 from pipelines.imports.formats import FORMATS
 from tests import import_case as case
+from tests import small
 from utils.cli import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -321,6 +322,19 @@ def test_damaged_files_are_refused(form, tmp_path):
         file.write_bytes(whole[:kept])
         assert str(file) in refused(form, file)
     assert "no such file" in refused(form, tmp_path / "none")
+
+
+def test_an_autoencoder_that_is_none_is_refused(tmp_path):
+    file = write("sit", tmp_path / "a.safetensors")
+    told = refused("sit", file, autoencoder=str(tmp_path / "none"))
+    assert "no folder" in told and "none" in told
+    wide = small.write_autoencoder(tmp_path / "wide", channels=8)
+    told = refused("sit", file, autoencoder=str(wide))
+    assert "does not decode latents of (8, 8, 4)" in told
+    fitting = small.write_autoencoder(tmp_path / "fitting")
+    out = tmp_path / "out"
+    folder.run(options("sit", file, out)._replace(autoencoder=str(fitting)))
+    assert (out / "autoencoder" / "config.json").exists()
 
 
 def test_a_folder_that_holds_weights_is_left_alone(tmp_path):

@@ -1,14 +1,20 @@
 """A checkpoint of others → a folder that `FlowPipeline.from_pretrained` opens."""
 
+import os
 import pathlib
+import re
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from flax.errors import FlaxError
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from configs import base
+from flows.guidance import effective_scale
 from models.dit import SIZES, WIDTHS
-from pipelines import build
+from pipelines import build, model_card
 from pipelines.export import read_diffusers
 from pipelines.flow import WEIGHTS, FlowPipeline
 from pipelines.imports import convert, read
@@ -42,7 +48,8 @@ class Import(NamedTuple):
       autoencoder: Folder, or name on the hub, of what decodes the latents; by default the one that
         the repository samples with.
       licence: Of the weights; by default that of the repository.
-      guidance: The scale that MeanFlow's training put into the network, for tables; 1 for none.
+      guidance: The scale that MeanFlow's training put into the network, for tables; 1 for none, 0
+        for what the file says, if it does.
     """
 
     format: str = ""
@@ -53,7 +60,7 @@ class Import(NamedTuple):
     num_heads: int = 0
     autoencoder: str = ""
     licence: str = ""
-    guidance: float = 1.0
+    guidance: float = 0.0
 
 
 def run(options: Import) -> str:
@@ -63,28 +70,27 @@ def run(options: Import) -> str:
       UserError: an option or a file that cannot be; nothing is written then.
     """
     check(options)
-    pipeline, left = exported(options) if options.format == DIFFUSERS else converted(options)
-    files.check_local(autoencoder=pipeline.config.autoencoder)
-    pipeline.save_pretrained(options.out)
+    pipeline, remarks = exported(options) if options.format == DIFFUSERS else converted(options)
+    check_autoencoder(pipeline, options)
     card = pipeline.card
+    readme = model_card.text(pipeline.config, card, name=options.out)
+    pipeline.save_pretrained(options.out, readme=readme)
     of = f" ({card['ema']})" if card.get("ema") else ""
     told = f"{options.checkpoint}{of}: {build.count_parameters(pipeline.params):,} parameters"
     told += f" of {card['origin']}" if card.get("origin") else ""
-    lines = [f"{told}, {pipeline.config.objective}, written to {options.out}"]
-    if left:
-        shown = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
-        lines.append(f"left out: {shown}")
-    return "\n".join(lines)
+    done = f"{told}, {pipeline.config.objective}, written to {options.out}"
+    return "\n".join([done, *remarks])
 
 
 def converted(options: Import) -> tuple[FlowPipeline, list[str]]:
-    """The network of a checkpoint of one of FORMATS, and what of the file was left out.
+    """The network of a checkpoint of one of FORMATS, and what is to be said of it.
 
     Raises:
       UserError: a file that is damaged or of another format, or sizes that cannot be.
     """
     style = FORMATS[options.format]
     checkpoint = read.read(pathlib.Path(options.checkpoint), options.format, options.ema)
+    check_trained(options, style, checkpoint)
     timeless = checkpoint.config.get("t_conditioning", 1) == 0
     try:
         params, sizes, left = convert.convert(style, checkpoint.tensors, timeless)
@@ -94,11 +100,44 @@ def converted(options: Import) -> tuple[FlowPipeline, list[str]]:
     card = make_card(style, sizes, config, options, checkpoint)
     tree = unflatten_dict(params, sep=".")
     card["parameters"] = build.count_parameters(tree)
-    return FlowPipeline.build(config, card, tree), left
+    shown = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
+    remarks = [f"left out: {shown}" if left else "", style.remark]
+    return FlowPipeline.build(config, card, tree), [remark for remark in remarks if remark]
+
+
+def check_autoencoder(pipeline: FlowPipeline, options: Import) -> None:
+    """Raises UserError where --autoencoder is none that decodes these latents.
+
+    A name on the hub is taken as it is: it is loaded where pictures are drawn.
+    """
+    name = options.autoencoder
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not os.path.exists(name)
+    if not name or on_hub:
+        return
+    if not pipeline.config.use_stable_vae:
+        raise UserError(f"--autoencoder={name}: this network makes pixels, leave it out")
+    latents = jax.ShapeDtypeStruct((1, *pipeline.shape), jnp.float32)
+    try:
+        jax.eval_shape(pipeline.autoencoder.decode, latents)
+    except (TypeError, ValueError, FlaxError) as error:
+        raise UserError(
+            f"--autoencoder={name} does not decode latents of {pipeline.shape}: name another"
+        ) from error
+
+
+def check_trained(options: Import, style: Format, checkpoint: read.Checkpoint) -> None:
+    """Raises UserError where the options in a checkpoint say that it is another network."""
+    for name, start in style.options.items():
+        value = checkpoint.config.get(name)
+        if isinstance(value, str) and not value.startswith(start):
+            raise UserError(
+                f"{options.checkpoint} was trained with {name}={value[:40]}, and "
+                f"--format={options.format} is for {name}={start}: name another format or file"
+            )
 
 
 def exported(options: Import) -> tuple[FlowPipeline, list[str]]:
-    """What export_diffusers.py wrote, back again; nothing is left out.
+    """What export_diffusers.py wrote, back again; there is nothing to be said of it.
 
     Raises:
       UserError: another kind of folder, or an option that is for checkpoints of others.
@@ -132,7 +171,7 @@ def check(options: Import) -> None:
         if value and not least <= value <= most:
             raise UserError(f"--{name}={value}: from {least} to {most}")
     if not 0 <= options.guidance <= 1000:
-        raise UserError(f"--guidance={options.guidance}: from 0 to 1000, 1 for none")
+        raise UserError(f"--guidance={options.guidance}: from 0 to 1000, 1 for none, 0 if unknown")
     if (files.place(options.out) / WEIGHTS).exists():
         raise UserError(f"{options.out}/{WEIGHTS} exists: name another folder, or remove it")
 
@@ -196,11 +235,21 @@ def make_card(
         "train_steps": 0,
         "train_images": 0,
         "train_flops": 0,
-        "trained_guidance": options.guidance,
+        "trained_guidance": options.guidance or _guidance(checkpoint),
         "origin": style.origin,
         "licence": options.licence or style.licence,
         "ema": checkpoint.tree,
     }
+
+
+def _guidance(checkpoint: read.Checkpoint) -> float:
+    """The scale that MeanFlow was trained with, as zhuyu-cs/MeanFlow's options say it; 1: none."""
+    omega, kappa = (
+        checkpoint.config.get(name, default)
+        for name, default in (("cfg_omega", 1), ("cfg_kappa", 0))
+    )
+    numbers = isinstance(omega, int | float) and isinstance(kappa, int | float) and 0 <= kappa < 1
+    return effective_scale(omega, kappa) if numbers else 1.0
 
 
 def _pixels(s: Sizes, options: Import) -> int:

@@ -39,7 +39,7 @@ class Checkpoint(NamedTuple):
     Attributes:
       tensors: float32 arrays by name.
       tree: the key of the tree they are from; "" where the file holds one alone.
-      config: what the file says of the network beside them; jax-flow alone.
+      config: what the file says beside them: jax-flow's config, the options of PyTorch's training.
     """
 
     tensors: Tensors
@@ -72,7 +72,7 @@ def read(path: pathlib.Path, form: str, ema: str = "") -> Checkpoint:
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no tensors by name: name a checkpoint")
     tree, key = _tree(path, found, ema)
-    config = found.get("config")
+    config = found.get("args", found.get("config"))
     tensors = _tensors(path, _unwrapped(tree))
     return Checkpoint(tensors, key, config if isinstance(config, dict) else {})
 
@@ -184,7 +184,9 @@ def _torch(path: pathlib.Path) -> Any:
 def _numpy(value: Any) -> Any:
     """Tensors as arrays, in dicts of dicts; what else there is stays."""
     if isinstance(value, Mapping):
-        return {key: _numpy(item) for key, item in value.items() if key not in BESIDE}
+        kept = {key: _numpy(item) for key, item in value.items() if key not in BESIDE}
+        args = value.get("args")
+        return kept | ({"args": vars(args)} if isinstance(args, argparse.Namespace) else {})
     if hasattr(value, "detach"):
         value = value.detach()
         return (value.float() if value.is_floating_point() else value).numpy()

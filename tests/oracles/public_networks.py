@@ -4,7 +4,7 @@ their own files. Their conventions are the issue's formulas, written out once mo
 
 import argparse
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,6 +17,10 @@ from ml_collections import ConfigDict
 
 from tests import import_case as case
 from tests.oracles import peers
+
+# Of their argparse, with the defaults of their train.py.
+SIT_OPTIONS = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity"}
+ZHUYU_OPTIONS = {"model": "SiT-B/4", "path_type": "linear", "cfg_omega": 0.2, "cfg_kappa": 0.92}
 
 Velocity = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
@@ -60,13 +64,15 @@ def filled(network: torch.nn.Module, width: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def save_torch(network: torch.nn.Module, bare: bool) -> Callable[[pathlib.Path], None]:
+def save_torch(
+    network: torch.nn.Module, bare: bool, options: Mapping[str, object]
+) -> Callable[[pathlib.Path], None]:
     """Writes what DiT, SiT and MeanFlow's train.py do, or a bare state dict, as DiT publishes."""
 
     def save(path: pathlib.Path) -> None:
         state = network.state_dict()
         if not bare:
-            args = argparse.Namespace(model="SiT-S/2", image_size=256)
+            args = argparse.Namespace(**options)
             raw = {k: value + (k != "pos_embed") for k, value in state.items()}
             optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
             state = {"model": raw, "ema": state, "opt": optimizer.state_dict(), "args": args}
@@ -88,10 +94,10 @@ def dit(size: str = "", bare: bool = False, **sizes) -> Public:
         noise = call(network, scaled.astype(np.float32), steps.astype(np.float32), labels)
         return (noise[..., : case.CHANNELS].astype(np.float64) - z) / (1 - t)
 
-    return Public(shapes, velocity, save_torch(network, bare))
+    return Public(shapes, velocity, save_torch(network, bare, {"model": "DiT-XL/2"}))
 
 
-def sit(size: str = "", bare: bool = False, **sizes) -> Public:
+def sit(size: str = "", bare: bool = False, options: dict | None = None, **sizes) -> Public:
     """willisma/SiT."""
     module = peers.file("SiT", "models.py")
     network = module.SiT_models[size]() if size else module.SiT(**sizes)
@@ -99,23 +105,23 @@ def sit(size: str = "", bare: bool = False, **sizes) -> Public:
     return Public(
         shapes,
         lambda z, r, t, labels: -call(network, z, 1 - t, labels),
-        save_torch(network, bare),
+        save_torch(network, bare, SIT_OPTIONS | (options or {})),
     )
 
 
 def meanflow_torch(size: str = "", bare: bool = False, qk_norm: bool = False, **sizes) -> Public:
     """zhuyu-cs/MeanFlow."""
     module = peers.file("MeanFlow-zhuyu", "sit.py")
-    options = {"fused_attn": False, "qk_norm": qk_norm}
+    switches = {"fused_attn": False, "qk_norm": qk_norm}
     if size:
-        network = module.SiT_models[size](**options)
+        network = module.SiT_models[size](**switches)
     else:
-        network = module.SiT(**sizes, decoder_hidden_size=sizes["hidden_size"], **options)
+        network = module.SiT(**sizes, decoder_hidden_size=sizes["hidden_size"], **switches)
     shapes = filled(network, network.pos_embed.shape[-1])
     return Public(
         shapes,
         lambda z, r, t, labels: call(network, z, r, t, labels),
-        save_torch(network, bare),
+        save_torch(network, bare, ZHUYU_OPTIONS),
     )
 
 

@@ -106,6 +106,8 @@ def test_checkpoints_of_their_training_give_the_average_alone(form, tmp_path, mo
     assert found < WITHIN.get(form, 1e-4)
     options = Import(form, str(file), str(tmp_path / "raw"), "none", num_heads=4, image_size=64)
     assert ("(params)" if form == "meanflow" else "(model)") in folder.run(options)
+    guidance = 2.5 if form == "meanflow_torch" else 1.0  # 0.2 / (1 − 0.92), in its options
+    assert pipeline.card["trained_guidance"] == pytest.approx(guidance)
     raw = FlowPipeline.from_pretrained(tmp_path / "raw")
     gap = jax.tree.map(lambda a, b: np.abs(a - b).max(), raw.params, pipeline.params)
     assert gap["patch"]["bias"] == pytest.approx(1, abs=1e-5)
@@ -132,6 +134,19 @@ def test_jax_flow_without_times(tmp_path):
     t = case.TIMES
     expected = public.velocity(z, t, t, labels)
     assert abs(pipeline.velocity(z, t, t, labels) - expected).max() < 1e-4
+
+
+def test_options_of_another_training_are_refused(tmp_path):
+    """SiT may have been trained on other paths, or on scores: the tensors look alike."""
+    for changed in ({"path_type": "VP"}, {"prediction": "noise"}):
+        public = public_networks.sit(**TINY, options=changed)
+        file = saved("sit", public, tmp_path)
+        ((name, value),) = changed.items()
+        with pytest.raises(UserError, match=f"was trained with {name}={value}, and"):
+            folder.run(Import("sit", str(file), str(tmp_path / "out"), num_heads=4))
+    with pytest.raises(UserError, match="was trained with model=SiT-XL/2, and"):
+        folder.run(Import("dit", str(file), str(tmp_path / "out"), num_heads=4))
+    assert not (tmp_path / "out").exists()
 
 
 def test_normed_queries_are_refused(tmp_path):
