@@ -180,6 +180,7 @@ def test_latents_are_decoded_alike(tmp_path, kind):
         widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
         blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
         place = tmp_path / "autoencoder"
+        torch.manual_seed(0)
         AutoencoderTiny(**widths, **blocks).save_pretrained(place)
     ours = random_pipeline("mean_flow", 10, (8, 8, 4), (), str(place))
     assert write_diffusers(ours, tmp_path / "out") == []
