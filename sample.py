@@ -41,7 +41,7 @@ def main(_: Sequence[str]) -> None:
     else:
         drawn = []
         for each in sampling.draw_all(job):
-            print(sampling.told(each, job.options.batch_size))
+            print(sampling.told(each, job.batch))
             drawn.append(each)
         print("\n".join(sampling_files.write(job, drawn)))
 

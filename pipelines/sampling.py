@@ -71,7 +71,7 @@ class Sampling(NamedTuple):
       video: Writes an animation instead: denoising, the way from noise to the pictures; or
         interpolation, from noise to noise (--num of them, 4 by default) and back to the first.
       video_format: webp, gif, or mp4, for which an ffmpeg must be installed.
-      video_seconds: Length of the animation.
+      video_seconds: Length of the animation in seconds.
       watch: Keeps the model warm, and samples again at each key: space for the next seed, r for the
         same again, 1 to 9 for as many steps, + and - for twice and half as many, s to save what is
         shown, q to end. A newer checkpoint of the run is taken as soon as it is there.
@@ -131,6 +131,11 @@ class Job(NamedTuple):
     def total(self) -> int:
         """The number of samples of each step count."""
         return len(self.words) * self.num
+
+    @property
+    def batch(self) -> int:
+        """Samples at a time; points are cheap."""
+        return min(max(self.options.batch_size, POINTS if self.points else 1), self.total)
 
     @property
     def indices(self) -> np.ndarray:
@@ -357,7 +362,7 @@ def draw(job: Job, steps: int, bar: Any = None) -> Drawn:
       UserError: samples that are not finite, or a missing autoencoder.
     """
     labels, indices = job.labels, job.indices
-    size = min(job.options.batch_size, job.total)
+    size = job.batch
     found, seconds = [], []
     for start in range(0, job.total, size):
         begun = time.perf_counter()
@@ -384,8 +389,9 @@ def draw_all(job: Job) -> Iterator[Drawn]:
     """Draws every step count from the same noise; a bar shows how far it is where it takes long."""
     _ = job.pipeline.autoencoder  # a missing one is told first
     counts = job.steps or (0,)
-    many = job.total > job.options.batch_size
-    bar = progress(0, job.total * len(counts), "picture", "samples") if many else None
+    many = job.total > job.batch
+    what = "point" if job.points else "picture"
+    bar = progress(0, job.total * len(counts), what, "samples") if many else None
     for steps in counts:
         yield draw(job, steps, bar)
     if bar is not None:

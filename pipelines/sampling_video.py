@@ -75,9 +75,7 @@ def _way(job: Job) -> np.ndarray:
     """The samples at every time, (steps + 1, n, …), drawn in batches."""
     labels, indices = job.labels, job.indices
     labels, indices = (labels, indices) if job.points else (labels[:SHOWN], indices[:SHOWN])
-    size = min(job.options.batch_size, len(labels))
-    if job.points:
-        size = len(labels)
+    size = min(job.batch, len(labels))
     parts = []
     with progress(0, len(labels), "picture", "samples") as bar:
         for start in range(0, len(labels), size):
