@@ -289,6 +289,9 @@ def with_value(name, value):
         (with_value("x_embedder.proj.bias", [np.nan] * 32), "numbers that are not finite"),
         (with_value("pos_embed", np.zeros((1, 16, 32))), "not the fixed sines and cosines"),
         (with_value("pos_embed", np.zeros((1, 15, 32))), "15 places, which make no square"),
+        (with_value("y_embedder.embedding_table.weight", np.ones((1, 32))), "no labels beside"),
+        (with_value("x_embedder.proj.weight", np.ones((32, 4, 2, 3))), "patches are not square"),
+        (with_value("x_embedder.proj.weight", np.ones((30, 4, 2, 2))), "no multiple of 4"),
     ],
 )
 def test_a_tensor_that_is_wrong_is_named(change, words, tmp_path):
@@ -335,6 +338,13 @@ def test_an_autoencoder_that_is_none_is_refused(tmp_path):
     out = tmp_path / "out"
     folder.run(options("sit", file, out)._replace(autoencoder=str(fitting)))
     assert (out / "autoencoder" / "config.json").exists()
+
+
+def test_a_network_without_a_null_label_is_refused(tmp_path):
+    state = jax_flow_state(dict(tensors("jax_flow")), raw("jax_flow"))
+    state["config"].num_classes = case.CLASSES + 1  # as many as the table has rows
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(state))
+    assert "without a null label" in refused("jax_flow", tmp_path / "a.pkl")
 
 
 def test_a_folder_that_holds_weights_is_left_alone(tmp_path):

@@ -59,6 +59,10 @@ def sizes(style: Format, tensors: Tensors) -> Sizes:
     height, width, channels, d = _conv(style, shapes[patch])
     if height != width:
         raise ValueError(f"{patch} {shapes[patch]}: patches are not square")
+    if d % 4:
+        raise ValueError(f"{patch} {shapes[patch]}: a width of {d} is no multiple of 4")
+    if shapes[table][0] < 2:
+        raise ValueError(f"{table} {shapes[table]}: no labels beside the null label")
     return Sizes(
         depth=_depth(style, tensors),
         hidden_size=d,

@@ -96,6 +96,7 @@ def converted(options: Import) -> tuple[FlowPipeline, list[str]]:
         params, sizes, left = convert.convert(style, checkpoint.tensors, timeless)
     except ValueError as error:
         raise UserError(mismatch(options, checkpoint.tensors, error)) from error
+    check_classes(options, sizes, checkpoint)
     config = described(style, sizes, options)
     card = make_card(style, sizes, config, options, checkpoint)
     tree = unflatten_dict(params, sep=".")
@@ -134,6 +135,16 @@ def check_trained(options: Import, style: Format, checkpoint: read.Checkpoint) -
                 f"{options.checkpoint} was trained with {name}={value[:40]}, and "
                 f"--format={options.format} is for {name}={start}: name another format or file"
             )
+
+
+def check_classes(options: Import, s: Sizes, checkpoint: read.Checkpoint) -> None:
+    """Raises UserError where a network was trained without a null label."""
+    told = checkpoint.config.get("num_classes")
+    if isinstance(told, int) and told == s.num_classes + 1:
+        raise UserError(
+            f"{options.checkpoint} was trained on {told} classes without a null label (its "
+            "class_dropout_prob is 0), which networks here have: it cannot be imported"
+        )
 
 
 def exported(options: Import) -> tuple[FlowPipeline, list[str]]:
@@ -249,6 +260,7 @@ def _guidance(checkpoint: read.Checkpoint) -> float:
         for name, default in (("cfg_omega", 1), ("cfg_kappa", 0))
     )
     numbers = isinstance(omega, int | float) and isinstance(kappa, int | float) and 0 <= kappa < 1
+    numbers = numbers and abs(omega) < 1e6  # NaN is not
     return effective_scale(omega, kappa) if numbers else 1.0
 
 
