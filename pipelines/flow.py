@@ -178,7 +178,8 @@ class FlowPipeline:
         write_json(folder / "card.json", self.card)
         if local:
             copy_autoencoder(place, folder / build.AUTOENCODER)
-        files.write(folder / "README.md", readme or model_card.text(self.config, self.card))
+        card = readme or model_card.text(self.config, self.card, name=os.fspath(path))
+        files.write(folder / "README.md", card)
         # The weights last and at once: with them it is whole.
         files.write(folder / WEIGHTS, safetensors.numpy.save(tensors))
 
