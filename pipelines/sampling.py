@@ -25,6 +25,7 @@ from utils.sharding import fetch
 
 RANDOM, NO_CLASS = -1, "none"  # among --labels
 POINTS = 5000  # of a figure, where their number is not given
+MOST = 10_000  # pictures, which are held in memory
 MANY_STEPS = 32  # by default, of a flow and of the way that a video shows
 TOLERANCE = 1e-5
 OUT = "runs/samples"
@@ -144,12 +145,16 @@ class Job(NamedTuple):
 
     @property
     def labels(self) -> np.ndarray:
-        """Their labels, int32 (total,): those by chance are a function of (seed, index)."""
-        found = np.tile(np.asarray(self.words, np.int32), self.num)
-        for place in np.flatnonzero(found == RANDOM):
-            rng = np.random.default_rng((self.seed, _LABELS, int(self.indices[place])))
-            found[place] = rng.integers(max(len(self.names), 1))
-        return found
+        """Their labels, int32 (total,)."""
+        return np.array([self.label_of(place) for place in range(self.total)], np.int32)
+
+    def label_of(self, place: int) -> int:
+        """The label of one; what is by chance is a function of (seed, index)."""
+        label = self.words[place % len(self.words)]
+        if label != RANDOM:
+            return label
+        rng = np.random.default_rng((self.seed, _LABELS, self.options.first + place))
+        return int(rng.integers(max(len(self.names), 1)))
 
     def name_of(self, label: int) -> str:
         """What a label is called; empty where there are no classes."""
@@ -204,8 +209,7 @@ def prepare(options: Sampling) -> Job:
     few = bool(options.labels) or options.video == "interpolation"
     given = POINTS if points else 4 if few else 16
     num = options.num or given
-    if options.first + len(words) * num > 2**31:
-        raise UserError(f"--first={options.first}: it and --num={num} go beyond {2**31 - 1}")
+    _check_total(options.first, len(words) * num, points)
     return Job(
         options=options,
         run=run,
@@ -222,6 +226,15 @@ def prepare(options: Sampling) -> Job:
         seed=options.seed,
         out=pathlib.Path(options.out or f"{OUT}/{'_'.join(run.path.parts[-2:])}").expanduser(),
     )
+
+
+def _check_total(first: int, total: int, points: bool) -> None:
+    if first + total > 2**31:
+        raise UserError(f"--first={first} and {total} samples go beyond {2**31 - 1}")
+    most = RANGES["num"][1] if points else MOST
+    if total > most:
+        more = "" if points else "; eval_fid.py --save_samples=png writes any number"
+        raise UserError(f"{total:,} samples are too many for one figure: {most:,} at most{more}")
 
 
 def check(options: Sampling) -> None:
@@ -258,12 +271,17 @@ def class_names(pipeline: FlowPipeline) -> tuple[str, ...]:
     if names is not None:
         if not isinstance(names, list) or len(names) != count or set(map(type, names)) - {str}:
             raise UserError(f"class_names of the model's card.json are not {count} names: mend it")
-        # A folder's name can hold bytes that are no text.
-        return tuple(name.encode(errors="replace").decode() for name in names)
+        return tuple(_printable(name) for name in names)
     dataset = str(card.get("dataset") or pipeline.config.dataset_name)
     if count == 1000 and dataset.startswith("imagenet"):
         return classes.imagenet()
     return tuple(map(str, range(count)))
+
+
+def _printable(name: str) -> str:
+    """A name in one line: a folder's can hold line ends, escapes, and bytes that are no text."""
+    name = " ".join(name.encode(errors="replace").decode().split())
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def find_labels(asked: Sequence[str], names: tuple[str, ...]) -> tuple[int, ...]:

@@ -5,9 +5,11 @@ A PNG holds its settings as text: `exiftool FILE`, `identify -verbose FILE` or P
 which it was called.
 """
 
+import itertools
 import re
 import shlex
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -31,13 +33,16 @@ def write(job: Job, drawn: Sequence[Drawn]) -> list[str]:
     if job.points:
         return [f"{path}: {counted(job.total, 'point')}"]
     folder = job.out / stem(job)
-    labels, indices = job.labels, job.indices
-    for each in drawn:
-        for place, (picture, label) in enumerate(zip(each.samples, labels, strict=True)):
-            name = _file_name(int(indices[place]), job.name_of(label))
-            name += f"_steps{each.steps}" if len(drawn) > 1 else ""
-            facts = about(job, [each], place)
-            figures.save_png(folder / f"{name}.png", picture, facts)
+    labels = job.labels
+
+    def save(item: tuple[Drawn, int]) -> None:
+        each, place = item
+        name = _file_name(job.options.first + place, job.name_of(labels[place]))
+        name += f"_steps{each.steps}" if len(drawn) > 1 else ""
+        figures.save_png(folder / f"{name}.png", each.samples[place], about(job, [each], place))
+
+    with ThreadPoolExecutor(8) as threads:  # Pillow encodes without Python's lock
+        list(threads.map(save, itertools.product(drawn, range(job.total))))
     shown = _shown(job, len(drawn))
     part = f" (the first {shown} of {job.total})" if shown < job.total else ""
     singles = counted(job.total * len(drawn), "single picture")
@@ -87,7 +92,7 @@ def stem(job: Job) -> str:
         parts.append(f"guidance{options.guidance:g}")
         parts += [options.guidance_interval.replace(":", "_")] if job.interval != (0, 1) else []
     parts += [f"seed{job.seed}"] + ([f"from{options.first}"] if options.first else [])
-    return "_".join(parts)[:200]
+    return _short("_".join(parts), 150)
 
 
 def _file_name(index: int, name: str) -> str:
@@ -96,7 +101,12 @@ def _file_name(index: int, name: str) -> str:
 
 def _slug(name: str) -> str:
     """A name as part of a file's."""
-    return re.sub(r"[^\w.-]+", "_", name).strip("_.")[:60]
+    return _short(re.sub(r"[^\w.-]+", "_", name).strip("_."), 60)
+
+
+def _short(name: str, most: int) -> str:
+    """The beginning of a name: file systems take 255 bytes."""
+    return name.encode()[:most].decode(errors="ignore")
 
 
 def about(job: Job, drawn: Sequence[Drawn], place: int | None = None) -> dict[str, str]:
@@ -108,7 +118,7 @@ def about(job: Job, drawn: Sequence[Drawn], place: int | None = None) -> dict[st
     options = job.options
     calls = [d.calls if place is None else d.calls[place : place + 1] for d in drawn]
     ends = (("" if a == b else f"{a}-") + f"{b}" for a, b in ((c.min(), c.max()) for c in calls))
-    grid = job.grid if isinstance(job.grid, str) else ",".join(f"{t:g}" for t in job.grid)
+    grid = job.grid if isinstance(job.grid, str) else ",".join(f"{t:.9g}" for t in job.grid)
     facts = {
         "Software": "sample.py",
         "model": options.workdir,
@@ -119,17 +129,19 @@ def about(job: Job, drawn: Sequence[Drawn], place: int | None = None) -> dict[st
         "steps": ",".join(str(d.steps) for d in drawn) if job.steps else "adaptive",
         "sampler": job.sampler,
         "grid": grid if job.steps else "adaptive",
-        "guidance": f"{options.guidance:g}",
+        "guidance": f"{options.guidance:.9g}",
         "guidance_interval": options.guidance_interval,
         "network_calls": ",".join(ends),
     }
     facts |= {} if job.steps else {"tolerance": f"{options.tolerance:g}"}
     if place is not None:
-        facts["index"] = str(job.indices[place])
+        facts["index"] = str(job.options.first + place)
         if job.names:
-            label = int(job.labels[place])
+            label = job.label_of(place)
             facts |= {"label": str(label), "class": job.name_of(label)}
-    return facts | {"command": command(job, [d.steps for d in drawn], place)}
+    facts["command"] = command(job, [d.steps for d in drawn], place)
+    # A folder's name can hold bytes that are no text.
+    return {key: value.encode(errors="replace").decode() for key, value in facts.items()}
 
 
 def command(job: Job, steps: Sequence[int], place: int | None = None) -> str:
@@ -144,10 +156,10 @@ def command(job: Job, steps: Sequence[int], place: int | None = None) -> str:
     }
     changed |= {"out": "", "watch": False, "batch_size": Sampling().batch_size}
     if place is not None:
-        label = int(job.labels[place])
+        label = job.label_of(place)
         word = NO_CLASS if label == len(job.names) else str(label)
         changed |= {"labels": (word,) if job.names else (), "num": 1}
-        changed["first"] = int(job.indices[place])
+        changed["first"] = job.options.first + place
     asked, usual = options._replace(**changed), Sampling()
     words = [
         f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"

@@ -109,3 +109,53 @@ def test_points_share_the_limits_of_the_first_tile():
     assert right - left == pytest.approx(high - low)
     assert left < 0
     assert right > 2
+
+
+# Words above pictures.
+
+
+def test_labelled_pictures_stand_under_their_words():
+    images = flat(10, 20, 30, 40, size=100)
+    sheet = figures.labelled(images, ["one", "two", "", "four"], 2)[..., 0]
+    bare = figures.labelled(images, [""] * 4, 2)[..., 0]
+    assert bare.shape[0] < sheet.shape[0]
+    columns = [2 * figures.GAP + k * (100 + 2 * figures.GAP) for k in range(2)]
+    row = (sheet.shape[0] - figures.GAP) // 2
+    above = row - 100 - figures.GAP
+    for i, level in enumerate((10, 20, 30, 40)):
+        x, y = columns[i % 2], i // 2 * row + above
+        assert np.all(sheet[y : y + 100, x : x + 100] == level)
+        written = np.any(sheet[i // 2 * row : y, x : x + 100] < 128)
+        assert written == (i != 2)
+
+
+def test_words_that_do_not_fit_are_wrapped_and_cut():
+    font = figures._font(12)
+    assert figures._lines("7", 96, font) == ["7"]
+    assert figures._lines("golden retriever", 96, font) == ["golden", "retriever"]
+    first, second = figures._lines("soft-coated wheaten terrier of somewhere else", 96, font)
+    assert second.endswith("…")
+    assert max(font.getlength(line) for line in (first, second)) <= 96
+    assert figures._lines("A" * 50, 96, font)[0].endswith("…")
+
+
+def test_heads_stand_above_columns():
+    images = flat(10, 20, size=100)
+    with_heads = figures.labelled(images, ["a", "b"], 2, ["1 step", "4 steps"])
+    without = figures.labelled(images, ["a", "b"], 2)
+    more = len(with_heads) - len(without)
+    np.testing.assert_array_equal(with_heads[more:], without)
+    assert np.any(with_heads[:more] < 128)
+
+
+@pytest.mark.parametrize(("words", "heads"), [(["a"], []), (["a", "b"], ["1 step"])])
+def test_another_number_of_words_is_refused(words, heads):
+    with pytest.raises(ValueError, match="need as many words"):
+        figures.labelled(flat(1, 2), words, 2, heads)
+
+
+def test_a_png_says_what_it_was_told(tmp_path):
+    text = {"label": "207", "class": "größer 犬", "command": "python sample.py --labels=207"}
+    save_png(tmp_path / "a.png", flat(7)[0], text)
+    assert figures.read_text(tmp_path / "a.png") == text
+    assert figures.read_text(tmp_path / "a.png") == Image.open(tmp_path / "a.png").text

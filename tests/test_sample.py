@@ -1,5 +1,6 @@
 """sample.py: what is asked for is drawn, files say how, animations end where they should."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -197,18 +198,20 @@ def test_other_settings_have_other_names(tmp_path):
     assert len(set(names)) == len(names)
 
 
-def test_names_come_from_the_card(tmp_path):
-    named = loaded(MEAN_FLOW).pipeline
-    names = [f"class {i}" for i in range(9)] + ["a/b\udcff"]
-    named.card["class_names"] = names
-    try:
-        assert sampling.class_names(named)[9] == "a/b?"
-        named.card["class_names"] = names[1:]
-        with pytest.raises(UserError, match="are not 10 names: mend it"):
-            sampling.class_names(named)
-    finally:
-        del named.card["class_names"]
-    assert sampling.class_names(named) == tuple("0123456789")
+def test_names_come_from_the_card():
+    """Any bytes can stand in a folder's name; a name is shown in one line."""
+    own = loaded(MEAN_FLOW).pipeline
+    names = [f"class {i}" for i in range(9)] + ["a/b\udcff\x1b[1m\n c"]
+    named = dataclasses.replace(own, card=own.card | {"class_names": names})
+    assert sampling.class_names(named)[9] == "a/b??[1m c"
+    fewer = dataclasses.replace(own, card=own.card | {"class_names": names[1:]})
+    with pytest.raises(UserError, match="are not 10 names: mend it"):
+        sampling.class_names(fewer)
+    assert sampling.class_names(own) == tuple("0123456789")
+    thousand = {"num_classes": 1000, "dataset": "imagenet256 0123456789ab"}
+    assert sampling.class_names(dataclasses.replace(own, card=own.card | thousand))[207] == (
+        "golden retriever"
+    )
 
 
 # Points.
@@ -461,7 +464,8 @@ MISTAKES: list[tuple[dict, str]] = [
     ({"batch_size": 0}, "--batch_size=0: from 1 to"),
     ({"steps": (4, 0)}, "--steps=0: from 1 to 10000"),
     ({"seed": -1}, "--seed=-1: from 0 to"),
-    ({"first": 2**31 - 3}, "--num=16 go beyond"),
+    ({"first": 2**31 - 3}, "and 16 samples go beyond"),
+    ({"num": 20_000}, "20,000 samples are too many for one figure: 10,000 at most; eval_fid.py"),
     ({"guidance": math.nan}, "--guidance=nan: from"),
     ({"guidance_interval": "0.8:0.1"}, "LOW:HIGH within 0:1"),
     ({"sampler": "ddim"}, "no sampler 'ddim': there are meanflow, euler"),
