@@ -76,7 +76,7 @@ def stem(job: Job) -> str:
     options = job.options
     asked = [_slug(job.name_of(label)) for label in job.words if label != RANDOM]
     parts = [] if job.exported else [f"at{job.checkpoint}"]
-    parts += [f"ema{options.ema}"] if options.ema else []
+    parts += [f"ema_{options.ema}"] if options.ema else []
     if asked and job.names:
         parts.append("_".join(asked) if len(asked) <= 3 else f"{len(asked)}_labels")
     parts += [f"steps{'_'.join(map(str, job.steps))}"] if job.steps else []
