@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 from flax import serialization
@@ -192,6 +193,26 @@ def test_the_other_tree_is_there_for_the_asking(imported, tmp_path):
     np.testing.assert_allclose(other - pipeline.params["patch"]["bias"], 1, atol=1e-5)
     with pytest.raises(UserError, match=r"no tree for --ema=0\.99: it holds "):
         folder.run(options(form, file, tmp_path / "no")._replace(ema="0.99"))
+
+
+@pytest.mark.parametrize("age", ["of today", "of 2024"])
+def test_folders_of_orbax(age, tmp_path):
+    """The same parameters as from the msgpack file; in 2024 the folder held such a file."""
+    file, place = write("meanflow", tmp_path / "file"), tmp_path / "checkpoint_7"
+    folder.run(options("meanflow", file, tmp_path / "from_file"))
+    if age == "of today":
+        state = serialization.msgpack_restore(file.read_bytes())
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(place, jax.tree.map(np.asarray, state))
+    else:
+        place.mkdir()
+        file.rename(place / "checkpoint")
+    folder.run(options("meanflow", tmp_path, tmp_path / "from_folder"))
+    weights = [
+        (tmp_path / name / "model.safetensors").read_bytes()
+        for name in ("from_file", "from_folder")
+    ]
+    assert weights[0] == weights[1]
 
 
 def test_an_exported_pipeline_comes_back(tmp_path):

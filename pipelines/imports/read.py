@@ -201,15 +201,15 @@ def _flax(path: pathlib.Path, ema: str) -> dict[str, Any]:
 
     Trees that are not asked for are passed over: Adam's state is twice the network.
     """
-    from flax.training import checkpoints
-
     if path.is_dir() and not _is_orbax(path):
+        from flax.training import checkpoints  # which warns that TensorFlow is not there
+
         newest = checkpoints.latest_checkpoint(path)
         if newest is None:
             raise UserError(f"{path} holds no checkpoint_N: name the file or folder of one")
         path = pathlib.Path(newest)
     try:
-        return _orbax(path, ema) if path.is_dir() else _msgpack(path, ema)
+        return _folder(path, ema) if path.is_dir() else _msgpack(path, ema)
     except UserError:
         raise
     except Exception as error:  # both libraries raise what they like for a damaged file
@@ -240,6 +240,19 @@ def _msgpack(path: pathlib.Path, ema: str) -> dict[str, Any]:
             places[key] = (begin, unpacker.tell())
         wanted = _wanted(list(places), ema)
         return {key: serialization.msgpack_restore(data[slice(*places[key])]) for key in wanted}
+
+
+def _folder(path: pathlib.Path, ema: str) -> dict[str, Any]:
+    """The trees that are asked for, of a folder of orbax.
+
+    Until 2024 flax had all arrays of a host put into one msgpack file of it.
+    """
+    packed = path / "checkpoint"
+    if packed.is_file() and not (path / "_METADATA").exists():
+        found = _msgpack(packed, ema)
+        if not any(isinstance(leaf, str) for leaf in flatten_dict(found).values()):
+            return found  # else words say which file of the folder holds an array
+    return _orbax(path, ema)
 
 
 def _orbax(path: pathlib.Path, ema: str) -> dict[str, Any]:
