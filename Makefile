@@ -16,7 +16,7 @@ $(py) eval_fid.py --workdir=$(2)/flow_matching --workdir=$(2)/mean_flow \
     --steps=$(steps) --features=classifier --metrics=fid,nearest --num_samples=2000 --out=$(2)
 endef
 
-.PHONY: help demo toys mnist test oracles topologies lint setup pins clean
+.PHONY: help demo toys mnist notebooks test oracles topologies lint setup pins clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ toys: $(toys:%=%-runs) ## the same on six distributions in the plane, in one fig
 
 mnist: $(venv) ## the same on MNIST, for CPU cores; DATA_DIR=mnist.npz, MNIST=configs/mnist.py on a GPU
 	$(call compare,$(MNIST) $(DATA_DIR:%=--data_dir=%),runs/mnist)
+
+notebooks: $(venv) ## runs both notebooks anew, and stores them with what they draw
+	$(py) notebooks/execute.py notebooks/tour.ipynb notebooks/sample.ipynb
 
 test: $(venv) ## all tests
 	$(py) -m pytest
