@@ -119,7 +119,7 @@ def integrate(
 
     numbers = jnp.arange(len(grid) - 1)
     data, way = jax.lax.scan(one, noise, (numbers, grid[:-1], grid[1:]))
-    return jnp.concatenate([noise[None], way]) if keep else data
+    return data if way is None else jnp.concatenate([noise[None], way])
 
 
 def sample(velocity: Velocity, noise: Array, grid: Array) -> Array:

@@ -160,8 +160,8 @@ def _section(cells: Cells, group: Group) -> Section:
         name, found = cell_name(group, cell), cells.rows(cell_name(group, cell))
         # By the name that this table gives the run, which others beside it can lengthen; and by
         # the grid asked for, since one step is the same on all.
-        facts = {"run": cell.run, "grid": cell.grid}
-        rows[cell] = [row._replace(**facts) for key in stick.keys for row in found[key]]
+        kept = [row for key in stick.keys for row in found[key]]
+        rows[cell] = [row._replace(run=cell.run, grid=cell.grid) for row in kept]
         samples[cell] = cells.samples(name)
     return Section(
         title=stick.title,

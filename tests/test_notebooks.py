@@ -54,6 +54,7 @@ def check_figures(name: str, notebook: NotebookNode) -> None:
         assert 0.01 < drawn < 0.95 and max(picture.shape) > 250
 
 
+@pytest.mark.timeout(900)  # a minute on two quiet cores
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_notebook_runs_and_gives_what_is_stored(name):
     before = stored(name)

@@ -580,7 +580,7 @@ def test_grids_of_times_are_lines_of_the_table_and_one_step_is_drawn_once(real, 
     assert "| uniform |" in table and "| cosine |" in table
     found = rows_of(tmp_path)
     assert len(pick(found, metric="fd_classifier", grid="cosine", steps=2)) == 1
-    one = [pick(found, metric="fd_classifier", grid=grid, steps=1) for grid in ("uniform", "cosine")]
+    one = [pick(found, metric="fd_classifier", grid=name, steps=1) for name in plan.grid]
     assert len(one[0]) == 1 and one[0] == one[1]
     measured = [steps for steps, *_ in run.calls if steps]
     again = Fake(real)
