@@ -128,10 +128,16 @@ if __name__ == "__main__":
     # What the commands import takes seconds; none of it defines their flags.
     import tensorflow_datasets  # noqa: F401
 
+    import pipelines.curves
+    import pipelines.export
+    import pipelines.imports.folder
     import pipelines.prepare
     import pipelines.prepare_report
     import pipelines.prepare_statistics
     import pipelines.report
+    import pipelines.sampling_files
+    import pipelines.sampling_video
+    import pipelines.sampling_watch
     import pipelines.sweep
     import pipelines.train  # noqa: F401
 
