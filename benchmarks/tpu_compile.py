@@ -303,7 +303,7 @@ def share(leaf: Any) -> int:
     count = 1
     for size in part:
         count *= size
-    return count * jnp.dtype(getattr(leaf, "dtype", jnp.int32)).itemsize
+    return count * getattr(leaf, "dtype", np.dtype(np.int32)).itemsize
 
 
 # Collectives, read from the optimised HLO's text.
