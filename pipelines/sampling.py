@@ -19,7 +19,7 @@ from pipelines import plan
 from pipelines.flow import WEIGHTS, FlowPipeline, check_finite
 from pipelines.runs import Run, load_runs
 from utils import animation, classes, files
-from utils.cli import UserError
+from utils.cli import UserError, printable
 from utils.log import progress
 from utils.sharding import fetch
 
@@ -271,17 +271,11 @@ def class_names(pipeline: FlowPipeline) -> tuple[str, ...]:
     if names is not None:
         if not isinstance(names, list) or len(names) != count or set(map(type, names)) - {str}:
             raise UserError(f"class_names of the model's card.json are not {count} names: mend it")
-        return tuple(_printable(name) for name in names)
+        return tuple(printable(name) for name in names)
     dataset = str(card.get("dataset") or pipeline.config.dataset_name)
     if count == 1000 and dataset.startswith("imagenet"):
         return classes.imagenet()
     return tuple(map(str, range(count)))
-
-
-def _printable(name: str) -> str:
-    """A name in one line: a folder's can hold line ends, escapes, and bytes that are no text."""
-    name = " ".join(name.encode(errors="replace").decode().split())
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def find_labels(asked: Sequence[str], names: tuple[str, ...]) -> tuple[int, ...]:
@@ -419,7 +413,7 @@ def draw_all(job: Job) -> Iterator[Drawn]:
 def described(job: Job) -> str:
     """A line on what is sampled."""
     what = f"{job.options.workdir}: {job.pipeline.config.objective} after {job.checkpoint:,} steps"
-    return f"{what} of training, sampler {job.sampler}, seed {job.seed}"
+    return printable(f"{what} of training, sampler {job.sampler}, seed {job.seed}")
 
 
 def told(drawn: Drawn, size: int) -> str:

@@ -187,3 +187,12 @@ def test_options_are_flags(monkeypatch):
         options_of(monkeypatch, "--numbers=1,b")
     with pytest.raises(flags.IllegalFlagValueError, match=r"left\|right"):
         options_of(monkeypatch, "--choice=up")
+
+
+def test_what_a_file_says_gives_no_orders_to_the_terminal(capsys):
+    """Names of a stranger's tensors stand in messages: no escape, no turned text, one line."""
+    hostile = "it asks for 'a\x1b]0;owned\x07\n b\u202e\x9b2J\udcff' → naïve"
+    assert cli.report(UserError(hostile)) == 2
+    told = capsys.readouterr().err
+    assert told == "error: it asks for 'a?]0;owned? b??2J?' → naïve\n"
+    assert cli.printable(" a\t b\r\n") == "a b"

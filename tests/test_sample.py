@@ -198,6 +198,12 @@ def test_other_settings_have_other_names(tmp_path):
     assert len(set(names)) == len(names)
 
 
+def test_what_a_model_says_is_told_in_a_line():
+    asked = job()
+    hostile = asked._replace(options=asked.options._replace(workdir="a\x1b[2J\nb"), seed=5)
+    assert sampling.described(hostile).startswith("a?[2J b: mean_flow after 1,000 steps")
+
+
 def test_names_come_from_the_card():
     """Any bytes can stand in a folder's name; a name is shown in one line."""
     own = loaded(MEAN_FLOW).pipeline

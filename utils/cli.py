@@ -126,12 +126,22 @@ def _told_in_one_line(call: Callable):
 def report(error: BaseException) -> int | None:
     """Prints a mistake, or an interruption, in one line; returns the exit status, None for bugs."""
     if isinstance(error, UserError | flags.Error | OSError):  # a full disk is no bug of ours
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     if isinstance(error, KeyboardInterrupt):
         print("interrupted: the same command goes on", file=sys.stderr)
         return 130
     return None
+
+
+def printable(text: str) -> str:
+    """A text in one line, safe to print: what files, folders and archives say is anyone's.
+
+    Spaces and line ends become single spaces; what a terminal would obey, escapes and marks that
+    turn the direction of writing among it, and bytes that are no text become "?".
+    """
+    text = " ".join(text.encode(errors="replace").decode().split())
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
