@@ -320,6 +320,27 @@ def test_a_tensor_that_is_wrong_is_named(change, words, tmp_path):
     assert words in refused("meanflow_torch", file)
 
 
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_halves_are_read(kind, tmp_path):
+    """Files of half the size hold the table of positions rounded, too."""
+    half = jnp.dtype(kind)
+    file = write(
+        "sit", tmp_path / "a.safetensors", lambda t: {k: v.astype(half) for k, v in t.items()}
+    )
+    folder.run(options("sit", file, tmp_path / "out"))
+    params = FlowPipeline.from_pretrained(tmp_path / "out").params
+    expected = tensors("sit")["x_embedder.proj.bias"].astype(half).astype(np.float32)
+    np.testing.assert_array_equal(params["patch"]["bias"], expected)
+
+
+def test_a_format_is_not_proposed_where_names_are_right(tmp_path):
+    """SiT's names are DiT's: other positions do not make it one."""
+    change = with_value("pos_embed", np.zeros((1, 16, 32)))
+    for form in ("sit", "dit"):
+        told = refused(form, write(form, tmp_path / f"{form}.safetensors", change))
+        assert "not the fixed sines" in told and "--format" not in told
+
+
 def test_projectors_of_training_are_left_out(tmp_path):
     change = with_value("projectors.0.weight", np.ones((3, 3)))
     file = write("meanflow_torch", tmp_path / "a.safetensors", change)
@@ -368,13 +389,24 @@ def test_a_network_without_a_null_label_is_refused(tmp_path):
     assert "without a null label" in refused("jax_flow", tmp_path / "a.pkl")
 
 
-def test_a_folder_that_holds_weights_is_left_alone(tmp_path):
+@pytest.mark.parametrize("held", ["model.safetensors", "config.json", "checkpoints"])
+def test_a_folder_that_holds_something_is_left_alone(held, tmp_path):
+    """A run's folder, whose config would be replaced, as much as one of weights."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / held).write_bytes(b"mine")
+    with pytest.raises(UserError, match="holds files already: name a new folder"):
+        folder.run(options("sit", tmp_path / "not even looked for", out))
+    assert [p.name for p in out.iterdir()] == [held] and (out / held).read_bytes() == b"mine"
+    with pytest.raises(UserError, match="holds files already: name a new folder"):
+        folder.run(options("sit", tmp_path / "not even looked for", out / held))
+
+
+def test_an_empty_folder_is_written_into(tmp_path):
     file = write("sit", tmp_path / "a.safetensors")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "model.safetensors").write_bytes(b"mine")
-    with pytest.raises(UserError, match="exists: name another folder"):
-        folder.run(options("sit", file, tmp_path / "out"))
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    folder.run(options("sit", file, tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_pytorch_is_asked_for_where_a_file_needs_it(tmp_path, monkeypatch):

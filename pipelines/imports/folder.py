@@ -16,7 +16,7 @@ from flows.guidance import effective_scale
 from models.dit import SIZES, WIDTHS
 from pipelines import build, model_card
 from pipelines.export import read_diffusers
-from pipelines.flow import WEIGHTS, FlowPipeline
+from pipelines.flow import FlowPipeline
 from pipelines.imports import convert, read
 from pipelines.imports.convert import Sizes
 from pipelines.imports.formats import FORMATS, Format
@@ -40,7 +40,7 @@ class Import(NamedTuple):
         (Gsunshine/meanflow, in JAX), meanflow_torch (zhuyu-cs/MeanFlow), jax_flow
         (kvfrans/jax-flow), or diffusers (what export_diffusers.py wrote).
       checkpoint: The file, or the folder of flax or of diffusers.
-      out: The folder to write; it must not hold weights yet.
+      out: The folder to write: a new one, or an empty one.
       ema: Which tree of the file: by default averaged parameters where it has any, none for the
         parameters themselves, or the tree's key.
       image_size: Pixels along a side, where the file has no table of positions that says it: 256.
@@ -166,7 +166,7 @@ def check(options: Import) -> None:
     """Looks at the options, before anything is read.
 
     Raises:
-      UserError: an option is missing or out of its range, or the folder holds weights already.
+      UserError: an option is missing or out of its range, or the folder holds something already.
     """
     if not (options.format and options.checkpoint and options.out):
         raise UserError(
@@ -183,15 +183,16 @@ def check(options: Import) -> None:
             raise UserError(f"--{name}={value}: from {least} to {most}")
     if not 0 <= options.guidance <= 1000:
         raise UserError(f"--guidance={options.guidance}: from 0 to 1000, 1 for none, 0 if unknown")
-    if (files.place(options.out) / WEIGHTS).exists():
-        raise UserError(f"{options.out}/{WEIGHTS} exists: name another folder, or remove it")
+    out = files.place(options.out)
+    if files.names(out) or (out.exists() and not out.is_dir()):  # its config would be replaced
+        raise UserError(f"--out={options.out} holds files already: name a new folder")
 
 
 def mismatch(options: Import, tensors: convert.Tensors, error: ValueError) -> str:
     """What is wrong with a file, and whose it seems to be."""
     told = f"{options.checkpoint} is no {options.format} network: {error}"
-    likely = [name for name in convert.likely(tensors) if name != options.format]
-    if not likely or options.format in convert.likely(tensors)[:1]:
+    likely = convert.likely(tensors)
+    if not likely or options.format in likely:  # then its names are not what is wrong
         return told
     return f"{told}; its names are those of --format={' or '.join(likely)}"
 
