@@ -348,6 +348,16 @@ def test_projectors_of_training_are_left_out(tmp_path):
     assert "left out: projectors.0.weight" in told
 
 
+def test_names_of_a_file_do_not_order_the_terminal(tmp_path):
+    """Names of tensors and trees are a stranger's words: ESC ] 0 ; … would name the window."""
+    order = "\x1b]0;mine\x07\x1b[2K\u202e\nerror"
+    change = with_value(f"projectors.{order}", np.ones((3, 3)))
+    file = write("meanflow_torch", tmp_path / "a.safetensors", change)
+    told = folder.run(options("meanflow_torch", file, tmp_path / "out"))
+    assert "left out: projectors.?]0;mine" in told and len(told.splitlines()) == 3
+    assert all(line.isprintable() for line in told.splitlines())
+
+
 def test_sizes_that_tensors_do_not_show_are_asked_for(tmp_path):
     file = write("sit", tmp_path / "a.safetensors")
     assert "width 32 are none of DiT's: give --num_heads" in refused("sit", file, num_heads=0)

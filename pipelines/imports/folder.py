@@ -21,7 +21,7 @@ from pipelines.imports import convert, read
 from pipelines.imports.convert import Sizes
 from pipelines.imports.formats import FORMATS, Format
 from utils import classes, files
-from utils.cli import UserError
+from utils.cli import UserError, printable
 from utils.sources import LARGEST
 
 LATENT_CHANNELS, LATENT_SCALE = 4, 8  # of Stable Diffusion's autoencoders
@@ -64,7 +64,7 @@ class Import(NamedTuple):
 
 
 def run(options: Import) -> str:
-    """Imports, and returns what was done in one or two lines.
+    """Imports, and returns what was done in a few lines, safe to print.
 
     Raises:
       UserError: an option or a file that cannot be; nothing is written then.
@@ -79,7 +79,7 @@ def run(options: Import) -> str:
     told = f"{options.checkpoint}{of}: {build.count_parameters(pipeline.params):,} parameters"
     told += f" of {card['origin']}" if card.get("origin") else ""
     done = f"{told}, {pipeline.config.objective}, written to {options.out}"
-    return "\n".join([done, *remarks])
+    return "\n".join(printable(line) for line in (done, *remarks))
 
 
 def converted(options: Import) -> tuple[FlowPipeline, list[str]]:
