@@ -28,6 +28,7 @@ GRIDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of s from 0 to 1: ti
     "shifted": lambda s: 3 * (1 - s) / (3 - 2 * s),  # short steps near the noise: SD3's shift of 3
 }
 MOST_TRIALS = 2000  # steps that dopri5 tries for a sample until it gives up
+LEAST_STEP = 1e-7  # of time, below which it does too: float32 holds no less
 
 
 def grid_of(steps: int, name: str = "uniform") -> np.ndarray:
@@ -171,7 +172,7 @@ def dopri5(
     """Returns data (n, ...) by the method of Dormand and Prince, and calls (n,) int32.
 
     Each sample has steps of its own, so that its result depends on no other of the batch. Samples
-    that need more than `MOST_TRIALS` steps become NaN.
+    that need more than `MOST_TRIALS` steps, or one below `LEAST_STEP`, become NaN.
 
     Args:
       velocity: called with times (n,).
@@ -189,10 +190,15 @@ def dopri5(
         calls=count(start),
         trials=jnp.zeros((), jnp.int32),
     )
-    going = lambda s: (s.t > 0).any() & (s.trials < MOST_TRIALS)  # noqa: E731
+    going = lambda s: _moving(s).any() & (s.trials < MOST_TRIALS)  # noqa: E731
     last = jax.lax.while_loop(going, lambda s: _tried(velocity, s, tolerance, count), first)
     done = like(last.t == 0, last.z)
     return jnp.where(done, last.z, jnp.full_like(last.z, jnp.nan)), last.calls
+
+
+def _moving(s: _Trial) -> Array:
+    """Which samples, (n,) bool, are neither at 0 nor given up."""
+    return (s.t > 0) & (s.h > LEAST_STEP)
 
 
 def _tried(velocity: Velocity, s: _Trial, tolerance: Array | float, count: Callable) -> _Trial:
@@ -210,9 +216,9 @@ def _tried(velocity: Velocity, s: _Trial, tolerance: Array | float, count: Calla
     error = like(h, z) * sum(a * k for a, k in zip(_ERROR, slopes, strict=True))
     scale = tolerance * (1 + jnp.maximum(jnp.abs(s.z), jnp.abs(z)))
     size = jnp.sqrt(jnp.mean((error / scale) ** 2, axis=tuple(range(1, z.ndim))))
-    taken = (size <= 1) & (s.t > 0)
+    moving = _moving(s)
+    taken = (size <= 1) & moving
     factor = jnp.where(jnp.isfinite(size), 0.9 * jnp.maximum(size, 1e-9) ** -0.2, 0.2)
-    moving = s.t > 0
     return _Trial(
         z=jnp.where(like(taken, z), z, s.z),
         v=jnp.where(like(taken, z), slopes[-1], s.v),

@@ -163,7 +163,7 @@ class MLP(nn.Module):
     def __call__(self, x: Array, shift: Array, scale: Array) -> Array:
         """x (n, tokens, d), shift and scale (n, 1, d) → (n, tokens, d)."""
         d = x.shape[-1]
-        up = Dense(int(self.ratio * d), xavier, self.dtype, before=modulate, name="in")
+        up = Dense(round(self.ratio * d), xavier, self.dtype, before=modulate, name="in")
         return Dense(d, xavier, self.dtype, before=gelu, name="out")(up(x, shift, scale))
 
 

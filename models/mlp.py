@@ -37,7 +37,7 @@ class MLP(nn.Module):
             self.hidden_size, self.num_classes, self.time_inputs, name="condition"
         )
         c = nn.silu(condition(r, t, label))
-        inner = int(self.mlp_ratio * self.hidden_size)
+        inner = round(self.mlp_ratio * self.hidden_size)
         angles = (z[..., None] * FREQUENCIES[None, None]).reshape(z.shape[0], -1)
         x = nn.Dense(self.hidden_size, name="in")(
             jnp.concatenate([z, jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -76,7 +76,7 @@ class Options(NamedTuple):
 
     Attributes:
       workdir: The run's folder or gs://BUCKET/FOLDER, or that of an exported model.
-      out: The folder to write; it must not hold a model yet.
+      out: The folder to write: a new one, or an empty one.
       checkpoint: The step that goes out: latest, best or a number.
       ema: Decay of the averaged parameters, or none for the parameters themselves; by default the
         run's own.
@@ -100,11 +100,12 @@ def load(options: Options) -> FlowPipeline:
     """The network that goes out; its card says the licence and what was measured.
 
     Raises:
-      UserError: options that are missing, or that name what is not there.
+      UserError: options that are missing, or that name what is not there; `out` holds files.
     """
     if not options.workdir or not options.out:
         raise UserError("which run, and where to? --workdir=runs/... --out=FOLDER")
     files.check_local(out=options.out, autoencoder=options.autoencoder, results=options.results)
+    check_empty(options.out)
     ((_, run),) = runs.load_runs([options.workdir], options.autoencoder).items()
     if options.checkpoint == runs.ALL:
         raise UserError("--checkpoint=all: one goes out; give latest, best or its step")
@@ -130,11 +131,18 @@ def load(options: Options) -> FlowPipeline:
 # Out
 
 
+def check_empty(folder: str | os.PathLike) -> None:
+    """Raises UserError where files of a folder, a run's config.json say, would be replaced."""
+    out = files.place(folder)
+    if files.names(out) or (out.exists() and not out.is_dir()):
+        raise UserError(f"{os.fspath(folder)} holds files already: name a new folder")
+
+
 def write(options: Options) -> None:
     """Writes the folder of `FlowPipeline.save_pretrained`, with its model card.
 
     Raises:
-      UserError: as `load`, or the folder holds weights already.
+      UserError: as `load`.
     """
     pipeline = load(options)
     readme = model_card.text(pipeline.config, pipeline.card, name=options.out)
@@ -147,11 +155,10 @@ def write_diffusers(
     """Writes a pipeline of diffusers; returns warnings, a line each.
 
     Raises:
-      UserError: the folder holds one already, or the network is none that diffusers can be given.
+      UserError: the folder holds files, or the network is none that diffusers can be given.
     """
+    check_empty(folder)
     out = files.place(folder)
-    if (out / INDEX).exists():
-        raise UserError(f"{out / INDEX} exists: name another folder, or remove it")
     config, card, warnings = pipeline.config, dict(pipeline.card), []
     transformer = torch_config(config, card)
     autoencoder = _autoencoder(config, card)

@@ -164,11 +164,12 @@ class FlowPipeline:
         Args:
           readme: README.md; empty: `model_card.text` of config and card.
         Raises:
-          UserError: the folder already holds weights.
+          UserError: the folder already holds a model, or a README.md.
         """
         folder = files.place(path)
-        if (folder / WEIGHTS).exists():
-            raise UserError(f"{folder / WEIGHTS} exists: name another folder, or remove it")
+        for name in (WEIGHTS, "config.json", "card.json", "README.md", "checkpoints"):
+            if (folder / name).exists():
+                raise UserError(f"{folder / name} exists: name another folder, or remove it")
         flat = flatten_dict(jax.device_get(self.params), sep=".")
         tensors = {k: np.ascontiguousarray(v, dtype) for k, v in flat.items()}
         place = build.autoencoder_place(self.config) if self.config.use_stable_vae else ""
@@ -260,9 +261,11 @@ class FlowPipeline:
         times = self.times(steps, grid)
         check_adaptive(sampler, grid, tolerance, keep)
         n = len(labels)
+        indices = np.arange(n) if indices is None else indices
+        self._check_labels(np.asarray(labels))
+        check_numbers(n, np.asarray(indices), guidance, guidance_interval, seed)
         mesh = make_mesh()
         padding = -n % mesh.size
-        indices = np.arange(n) if indices is None else indices
         label, index = (
             jax.device_put(np.pad(np.asarray(a, np.int32), (0, padding)), batch_sharding(mesh))
             for a in (labels, indices)
@@ -297,14 +300,15 @@ class FlowPipeline:
         """
         z, r, t = (np.asarray(a, np.float32) for a in (z, r, t))
         n, null = len(np.atleast_1d(z)), self.network.null_label
-        label = np.full(n, null, np.int32) if labels is None else np.asarray(labels, np.int32)
+        label = np.full(n, null, np.int32) if labels is None else np.asarray(labels)
         self._check_inputs(z, r, t, label)
         r, t = (np.broadcast_to(time, n) for time in (r, t))
-        return np.asarray(_apply(self.network.apply)(self.params, z, r, t, label))
+        inputs = z, r, t, label.astype(np.int32)
+        return np.asarray(_apply(self.network.apply)(self.params, *inputs))
 
     def _check_inputs(self, z: np.ndarray, r: np.ndarray, t: np.ndarray, label: np.ndarray) -> None:
         """Raises UserError where `velocity` cannot be asked for these."""
-        n, null = len(np.atleast_1d(z)), self.network.null_label
+        n = len(np.atleast_1d(z))
         given = {"z": z, "r": r, "t": t, "labels": label}
         fitting: dict[str, tuple] = {"z": ((n, *self.shape),), "labels": ((n,),)}
         for name, array in given.items():
@@ -312,14 +316,24 @@ class FlowPipeline:
             if array.shape not in shapes:
                 wanted = " or ".join(str(shape) for shape in shapes)
                 raise UserError(f"{name} has shape {array.shape}: give {wanted}")
-        if any(label < 0) or any(label > null):
-            raise UserError(f"labels from {label.min()} to {label.max()}: give 0 to {null}")
+        self._check_labels(label)
         if not (np.all(r >= 0) and np.all(r <= t) and np.all(t <= 1)):
             raise UserError("times must be 0 <= r <= t <= 1: t = 0 is data, t = 1 noise")
         if not self.averages and np.any(r < t):
             raise UserError(
                 "flow matching teaches the velocity at r = t alone, and no average over r < t: "
                 "give r = t"
+            )
+
+    def _check_labels(self, label: np.ndarray) -> None:
+        """Raises UserError where labels are none of the network's."""
+        null = self.network.null_label
+        if label.ndim != 1 or not len(label) or not np.issubdtype(label.dtype, np.integer):
+            raise UserError("labels: give whole numbers, one for each of one sample or more")
+        if label.min() < 0 or label.max() > null:
+            raise UserError(
+                f"labels from {label.min()} to {label.max()}: give 0 to {null}, of which {null} is "
+                "none"
             )
 
     def times(self, steps: int, grid: Grid = "uniform") -> np.ndarray:
@@ -376,8 +390,8 @@ class FlowPipeline:
           UserError: as `draw`.
         """
         sampler = sampler or ("meanflow" if self.averages else "euler")
-        if steps < 1:
-            raise UserError(f"steps={steps}: at least 1")
+        if not isinstance(steps, int | np.integer) or steps < 1:
+            raise UserError(f"steps={steps}: a whole number, at least 1")
         if sampler not in (*SAMPLERS, ADAPTIVE):
             raise UserError(f"no sampler {sampler!r}: there are {', '.join((*SAMPLERS, ADAPTIVE))}")
         if sampler == "meanflow" and not self.averages:
@@ -405,7 +419,8 @@ def make_sampler(network: build.Network, shape: tuple[int, ...]) -> Callable[...
             network.apply, params, label, network.null_label, scale, interval, guided
         )
         if sampler == ADAPTIVE:
-            x, calls = dopri5(velocity, noise, tolerance, lambda t: calls_at(t, guided, interval))
+            each = jnp.full(len(noise), 2 if guided else 1)  # both, wherever the others stand
+            x, calls = dopri5(velocity, noise, tolerance, lambda t: each)
         else:
             step, called = SAMPLERS[sampler]
             x = integrate(step, velocity, noise, times, keys, keep)
@@ -452,6 +467,20 @@ def _padded(noise: np.ndarray, shape: tuple[int, ...], padding: int) -> np.ndarr
     return np.pad(noise, [(0, padding), *[(0, 0)] * (noise.ndim - 1)])
 
 
+def check_numbers(
+    n: int, indices: np.ndarray, guidance: float, interval: tuple[float, float], seed: int
+) -> None:
+    """Raises UserError where `FlowPipeline.draw` cannot be asked for these."""
+    if indices.shape != (n,) or not np.issubdtype(indices.dtype, np.integer):
+        raise UserError(f"indices {indices.shape} of {indices.dtype}: give {n} whole numbers")
+    if not (np.isfinite(guidance) and abs(guidance) < 1e6):
+        raise UserError(f"guidance={guidance}: a finite number, 1 for none")
+    if not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+        raise UserError(f"guidance_interval={interval}: two times from 0 to 1, the lower first")
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed={seed}: from 0 to {2**31 - 1}")
+
+
 def check_adaptive(sampler: str, grid: Grid, tolerance: float, keep: bool) -> None:
     """Raises UserError where dopri5 is asked for a grid, a path, or what floats cannot hold."""
     if sampler != ADAPTIVE:
@@ -466,8 +495,9 @@ def check_finite(finite: np.ndarray) -> None:
     """Raises UserError where some samples, bool (n,), are not finite."""
     if not finite.all():
         raise UserError(
-            f"{(~finite).sum()} of {len(finite)} samples are not finite: its training diverged; "
-            "take an earlier checkpoint, or compute in float32 (model.dtype in its config.json)"
+            f"{(~finite).sum()} of {len(finite)} samples are not finite: its training diverged, or "
+            f"{ADAPTIVE} found no step small enough; take an earlier checkpoint or a greater "
+            "tolerance, or compute in float32 (model.dtype in its config.json)"
         )
 
 
@@ -496,7 +526,10 @@ def check_described(path: epath.Path, config: ConfigDict, card: dict[str, Any]) 
         "num_classes": type(card["num_classes"]) is int and card["num_classes"] <= 10**6,
         "counts": all(type(n) in (int, float) and 0 <= n < 1e40 for n in counts),
         "pictures": pictures is None or _is_origin(pictures),
-        "words": all(isinstance(card.get(key) or "", str) for key in ("dataset", "autoencoder")),
+        "words": all(isinstance(card.get(key) or "", str) for key in _WORDS),
+        "numbers": all(type(card.get(key) or 0) in (int, float) for key in _NUMBERS),
+        "class_names": _are_names(card.get("class_names") or [], card["num_classes"]),
+        "initialised_from": _is_start(card.get("initialised_from") or {}),
     }
     for what, holds in right.items():
         if not holds:
@@ -506,6 +539,24 @@ def check_described(path: epath.Path, config: ConfigDict, card: dict[str, Any]) 
         build.check_patches(config, shape[0] if len(shape) == 3 else 0)
     except UserError as error:
         raise UserError(f"{path / 'config.json'} is none of this project: {error}") from error
+
+
+_WORDS = ("dataset", "autoencoder", "licence", "origin", "ema")
+_NUMBERS = ("parameters", "train_images", "train_flops", "trained_guidance")
+
+
+def _are_names(value: Any, count: int) -> bool:
+    """Whether a value names all classes, or none."""
+    return isinstance(value, list) and (
+        not value or (len(value) == count and all(isinstance(name, str) for name in value))
+    )
+
+
+def _is_start(value: Any) -> bool:
+    """Whether a value is what `pipelines.initial.begin` writes."""
+    return isinstance(value, dict) and all(
+        type(value.get(key, 0)) in (int, float) for key in ("train_steps", "train_flops")
+    )
 
 
 def _is_origin(value: Any) -> bool:

@@ -1,17 +1,20 @@
 """Training that starts from parameters that are there already: `init_from`.
 
 MeanFlow from a flow: u(z, t, t) is the flow's velocity, and u is told of r by an embedding that
-has no effect until it has been trained, so at first u(z, r, t) = v(z, t). Labels that the other
-network does not know start as its null label.
+has no effect until it has been trained, so at first u(z, r, t) = v(z, t); but for a flow that was
+told t and r, whose r always was t and has its effect. Labels that the other network does not know
+start as its null label.
 """
 
 import sys
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.tree_util import Partial
@@ -19,10 +22,38 @@ from ml_collections import ConfigDict
 
 from models.layers import sinusoids
 from pipelines import build
-from pipelines.flow import FlowPipeline
+from pipelines.flow import FlowPipeline, read_json
 from utils.cli import UserError
+from utils.sharding import gathered
 
 FOLLOWED = ("name", "prediction", "time_scale")  # of the model, what tensors do not show
+
+
+def first(
+    config: ConfigDict, network: build.Network, path: epath.Path, goes_on: bool
+) -> tuple[Callable[[], Callable], dict]:
+    """What gives a run's first (key → parameters), and what its card says of them.
+
+    Args:
+      path: the run's folder. goes_on: whether that holds checkpoints; if none of them is whole, the
+        run begins anew, from the same parameters.
+    Raises:
+      UserError: as `begin`.
+    """
+    if not goes_on:
+        init, card = begin(config, network) if config.init_from else (network.init, {})
+        return lambda: init, card
+    before = read_json(path / "card.json").get("initialised_from")
+
+    def again() -> Callable:
+        if before and not config.init_from:
+            raise UserError(
+                f"{path} began from {before['path']} and holds no whole checkpoint: give "
+                f"--init_from={before['path']}, or another --workdir"
+            )
+        return begin(config, network)[0] if config.init_from else network.init
+
+    return again, {"initialised_from": before} if before else {}
 
 
 def begin(config: ConfigDict, network: build.Network) -> tuple[Callable[[Array], Any], dict]:
@@ -43,6 +74,7 @@ def begin(config: ConfigDict, network: build.Network) -> tuple[Callable[[Array],
         loaded["condition"], fresh["condition"], source.config, config.model
     )
     check_shapes(loaded, fresh, config.init_from)
+    check_same(loaded)
     before = source.card.get("initialised_from") or {}
     steps, flops = (
         (source.card.get(key) or 0) + before.get(key, 0) for key in ("train_steps", "train_flops")
@@ -51,6 +83,8 @@ def begin(config: ConfigDict, network: build.Network) -> tuple[Callable[[Array],
     there, here = (tree["condition"].get("label") for tree in (source.params, fresh))
     if jax.process_index() == 0:
         print(f"starting from {config.init_from}, after {steps:,} steps", file=sys.stderr)
+        if source.config.objective == "flow_matching" and "r" in build.told(source.config.model):
+            print("it was told r, which was t: at r < t nobody knows what it says", file=sys.stderr)
         if jax.tree.map(jnp.shape, there) != jax.tree.map(jnp.shape, here):
             print("its labels are others: all start as its null label", file=sys.stderr)
     return Partial(_merged(network.init), loaded), {"initialised_from": origin}
@@ -128,6 +162,15 @@ def embedded_zero(embedder: dict) -> np.ndarray:
     first, second = embedder["in"], embedder["out"]
     h = sinusoids(jnp.zeros(1))[0] @ first["kernel"] + first["bias"]
     return np.asarray(jax.nn.silu(h) @ second["kernel"] + second["bias"])
+
+
+def check_same(loaded: Any) -> None:
+    """Raises UserError, on all processes, where they loaded different parameters."""
+    crc = 0
+    for leaf in jax.tree.leaves(loaded) if jax.process_count() > 1 else ():
+        crc = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), crc)
+    if len(set(gathered(crc >> 1))) > 1:  # int32
+        raise UserError("init_from holds other parameters on another host: give all the same")
 
 
 def check_shapes(loaded: Any, fresh: Any, path: str) -> None:

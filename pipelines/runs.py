@@ -17,6 +17,7 @@ FREE = (
     *(
         "data_dir",
         "autoencoder",
+        "init_from",  # of the first step alone
         "cache",
         "max_steps",
         "log_interval",

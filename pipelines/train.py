@@ -90,11 +90,7 @@ def _train(
     options = {key: config[key] for key in ("cache", "batch_size", "seed", "flip")}
     batches = feed(dataset.train, mesh, **options)
     check_workdir(path, config, dataset.identity)
-    init, origin = network.init, {}
-    if config.init_from and anywhere(has_checkpoints(path)):
-        origin = {key: read_json(path / "card.json").get(key) for key in ("initialised_from",)}
-    elif config.init_from:
-        init, origin = initial.begin(config, network)
+    begin, origin = initial.first(config, network, path, anywhere(has_checkpoints(path)))
     card = make_card(config, dataset, shape, network, objective) | origin
     pipeline = FlowPipeline.build(config, card, autoencoder=codec)
     pipeline.check(1, "", [config.sample.guidance])
@@ -112,7 +108,8 @@ def _train(
         config,
         step,
         mesh=mesh,
-        init=init,
+        init=network.init,
+        begin=begin,
         batches=batches,
         evaluate=evaluate,
         preemption=preemption,
@@ -206,7 +203,8 @@ def check_alike(options: dict[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    names = sorted(options.keys() - {"data_dir", "autoencoder", "init_from"})
+    options = options | {"init_from": bool(options.get("init_from"))}
+    names = sorted(options.keys() - {"data_dir", "autoencoder"})
     words = [json.dumps(options[name], default=str).encode() for name in names]
     sums = np.array([zlib.crc32(word) for word in words], np.uint32)
     given = multihost_utils.process_allgather(sums)

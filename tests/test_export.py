@@ -73,8 +73,24 @@ def test_files_of_a_diffusers_folder(tmp_path, monkeypatch):
     assert index["_class_name"] == ["flow_pipeline", "FlowPipeline"]
     assert index["transformer"] == ["flow_transformer", "FlowTransformer2DModel"]
     assert index["vae"] == [None, None]
-    with pytest.raises(UserError, match="exists: name another folder, or remove it"):
+    with pytest.raises(UserError, match="out holds files already: name a new folder"):
         write_diffusers(small(), tmp_path / "out")
+
+
+def test_no_file_is_replaced(tmp_path):
+    """A run keeps its config.json, and another model its card; nothing is read before."""
+    files = {tmp_path / "run" / name: name for name in ("config.json", "README.md", "log.txt")}
+    (tmp_path / "run").mkdir()
+    for path, text in files.items():
+        path.write_text(text)
+    with pytest.raises(UserError, match="run holds files already: name a new folder"):
+        write_diffusers(small(), tmp_path / "run")
+    for out in ("run", "run/log.txt"):  # the last is no folder
+        options = Options(workdir=str(tmp_path / "run"), out=str(tmp_path / out))
+        for call in (export.write, export.load):
+            with pytest.raises(UserError, match=f"{out} holds files already: name a new folder"):
+                call(options)
+    assert {path: path.read_text() for path in tmp_path.rglob("*.*")} == files
 
 
 OPTIONS = [
@@ -182,7 +198,7 @@ def test_a_folder_for_jax(tmp_path, monkeypatch):
     assert "--workdir=a/out" in text and front(text)["license"] == "mit"
     back = leaves(FlowPipeline.from_pretrained("a/out").params)
     assert all(np.array_equal(back[k], a) for k, a in leaves(small().params).items())
-    with pytest.raises(UserError, match="exists: name another folder"):
+    with pytest.raises(UserError, match="a/out holds files already: name a new folder"):
         export.write(Options(workdir="run", out="a/out"))
 
 

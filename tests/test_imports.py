@@ -12,6 +12,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -356,6 +357,34 @@ def test_names_of_a_file_do_not_order_the_terminal(tmp_path):
     told = folder.run(options("meanflow_torch", file, tmp_path / "out"))
     assert "left out: projectors.?]0;mine" in told and len(told.splitlines()) == 3
     assert all(line.isprintable() for line in told.splitlines())
+
+
+def of_sizes(**changes) -> Callable:
+    """A change of `write`: SiT's network of these sizes, which nobody's code gave."""
+    s = convert.Sizes(1, 28, 2, 4, 8, 61, case.CLASSES, None, 4)._replace(**changes)
+    shapes = convert.expected(FORMATS["sit"], s)
+    return lambda _: case.weights(shapes, s.hidden_size)
+
+
+def test_every_width_of_an_mlp_comes_through(tmp_path):
+    """61 / 28 times 28 is 60.99…96, which is a layer of 61 units."""
+    file = write("sit", tmp_path / "a.safetensors", of_sizes())
+    folder.run(options("sit", file, tmp_path / "out"))
+    params = FlowPipeline.from_pretrained(tmp_path / "out").params
+    assert params["blocks"]["mlp"]["in"]["bias"].shape == (1, 61)
+
+
+def test_a_folder_that_would_not_open_is_not_written(tmp_path, monkeypatch):
+    file, describe = write("sit", tmp_path / "a.safetensors"), folder.described
+
+    def wrongly(*given):
+        config = describe(*given)
+        config.model.mlp_ratio = 3.0
+        return config
+
+    monkeypatch.setattr(folder, "described", wrongly)
+    told = refused("sit", file)
+    assert "blocks.mlp.in.kernel (2, 32, 128) instead of (2, 32, 96)" in told
 
 
 def test_sizes_that_tensors_do_not_show_are_asked_for(tmp_path):

@@ -129,15 +129,27 @@ def test_another_network_is_refused_in_one_line(tmp_path, model, told):
 def test_a_run_that_was_begun_so_goes_on_without_its_source(tmp_path, standard_promotion):
     theirs = random_pipeline(tmp_path / "flow", time_inputs="t")
     config = config_of()
-    config.update({"init_from": str(tmp_path / "flow"), "save_interval": 1})
+    config.update({"init_from": str(tmp_path / "flow"), "save_interval": 1, "max_steps": 1})
     config.optimizer.lr = 1e-9
     train(config.copy_and_resolve_references(), str(tmp_path / "run"), build.mean_flow_objective)
     run = FlowPipeline.from_pretrained(tmp_path / "run")
     z, t = inputs()
     np.testing.assert_allclose(run.velocity(z, t, t), theirs.velocity(z, t, t), atol=1e-4)
     assert run.card["initialised_from"]["train_flops"] == 7.0
+    # A first save that was killed leaves no checkpoint: the run begins from the flow once more.
+    done = tmp_path / "run/checkpoints/1"
+    done.rename(done.with_name("1.orbax-checkpoint-tmp"))
+    bare = config.copy_and_resolve_references()
+    bare.init_from = ""
+    with pytest.raises(UserError, match="holds no whole checkpoint: give --init_from="):
+        train(bare, str(tmp_path / "run"), build.mean_flow_objective)
+    again = config.copy_and_resolve_references()
+    train(again, str(tmp_path / "run"), build.mean_flow_objective)
+    run = FlowPipeline.from_pretrained(tmp_path / "run")
+    np.testing.assert_allclose(run.velocity(z, t, t), theirs.velocity(z, t, t), atol=1e-4)
+    # With a checkpoint it needs its source no more.
     shutil.rmtree(tmp_path / "flow")
-    config.max_steps = 3
-    train(config, str(tmp_path / "run"), build.mean_flow_objective)
+    bare.max_steps = 2
+    train(bare, str(tmp_path / "run"), build.mean_flow_objective)
     card = json.loads((tmp_path / "run/card.json").read_text())
     assert card["initialised_from"]["train_steps"] == 5

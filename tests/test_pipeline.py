@@ -132,7 +132,7 @@ def test_samples_that_are_not_finite_are_no_pictures():
 
 
 def test_bad_calls_say_so():
-    with pytest.raises(UserError, match="steps=0: at least 1"):
+    with pytest.raises(UserError, match="steps=0: a whole number, at least 1"):
         pipeline()(LABELS, steps=0)
     with pytest.raises(UserError, match="no sampler 'eulr': there are meanflow, euler, heun"):
         pipeline()(LABELS, sampler="eulr")

@@ -37,6 +37,7 @@ def fit(
     *,
     mesh: Mesh,
     init: Callable[[Array], Any],
+    begin: Callable[[], Callable] | None = None,
     batches: Callable[[int], Iterator[dict[str, Array]]],
     evaluate: Evaluation,
     preemption: Preemption,
@@ -49,7 +50,9 @@ def fit(
 
     Args:
       step: `make_step` over `mesh`.
-      init: key → parameters; a Partial, where arrays go into them.
+      init: key → parameters.
+      begin: gives what makes the parameters of a run that has no checkpoint, a Partial where arrays
+        go into them; None: `init`.
       batches: start step → endless batches {x, label, position} over the mesh, `utils.feed.feed`.
       evaluate: (state, logger) → metrics, called every `config.eval_interval` steps and at the end.
       preemption: says whether to stop; entered already.
@@ -59,7 +62,7 @@ def fit(
     """
     keep = {"keep": config.keep_checkpoints, "keep_best": config.keep_best}
     with Checkpoints(workdir, patience=3600 * config.save_patience, **keep) as checkpoints:
-        state = start(config, init, mesh, checkpoints)
+        state = start(config, init, mesh, checkpoints, begin)
         first = int(state.step) + 1
         data = batches(first - 1)
         with Logger(workdir, config, first - 1) as logger, Meter(config, first - 1) as meter:
@@ -122,12 +125,17 @@ def save(
 
 
 def start(
-    config: ConfigDict, init: Callable[[Array], Any], mesh: Mesh, checkpoints: Checkpoints
+    config: ConfigDict,
+    init: Callable[[Array], Any],
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    begin: Callable[[], Callable] | None = None,
 ) -> TrainState:
     """The state of the newest checkpoint that is whole; a fresh one where there is none at all."""
     if checkpoints.latest is None:
-        first = init if isinstance(init, Partial) else Partial(init)
-        return born_sharded(partial(init_state, config), mesh, first)
+        make = begin() if begin else init
+        make = make if isinstance(make, Partial) else Partial(make)
+        return born_sharded(partial(init_state, config), mesh, make)
     abstract = abstract_state(lambda: init_state(config, init), mesh)
     parts = checkpoints.restore_newest(checkpoint_parts(abstract))
     return TrainState(ema=parts["ema"], **parts["train"])

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax.errors import FlaxError
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from configs import base
 from flows.guidance import effective_scale
+from models import tensors
 from models.dit import SIZES, WIDTHS
 from pipelines import build, model_card
 from pipelines.export import read_diffusers
@@ -71,6 +72,7 @@ def run(options: Import) -> str:
     """
     check(options)
     pipeline, remarks = exported(options) if options.format == DIFFUSERS else converted(options)
+    check_shapes(pipeline, options)
     check_autoencoder(pipeline, options)
     card = pipeline.card
     readme = model_card.text(pipeline.config, card, name=options.out)
@@ -104,6 +106,19 @@ def converted(options: Import) -> tuple[FlowPipeline, list[str]]:
     shown = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
     remarks = [f"left out: {shown}" if left else "", style.remark]
     return FlowPipeline.build(config, card, tree), [remark for remark in remarks if remark]
+
+
+def check_shapes(pipeline: FlowPipeline, options: Import) -> None:
+    """Raises UserError where the folder would describe another network than its weights are of."""
+    needed = jax.eval_shape(pipeline.network.init, jax.random.key(0))
+    shapes = {name: leaf.shape for name, leaf in flatten_dict(needed, sep=".").items()}
+    try:
+        tensors.check(flatten_dict(pipeline.params, sep="."), shapes)
+    except ValueError as error:
+        raise UserError(
+            f"{options.checkpoint}: no network here has these sizes, so that it cannot be "
+            f"imported: {error}"
+        ) from error
 
 
 def check_autoencoder(pipeline: FlowPipeline, options: Import) -> None:
@@ -188,10 +203,10 @@ def check(options: Import) -> None:
         raise UserError(f"--out={options.out} holds files already: name a new folder")
 
 
-def mismatch(options: Import, tensors: convert.Tensors, error: ValueError) -> str:
+def mismatch(options: Import, given: convert.Tensors, error: ValueError) -> str:
     """What is wrong with a file, and whose it seems to be."""
     told = f"{options.checkpoint} is no {options.format} network: {error}"
-    likely = convert.likely(tensors)
+    likely = convert.likely(given)
     if not likely or options.format in likely:  # then its names are not what is wrong
         return told
     return f"{told}; its names are those of --format={' or '.join(likely)}"
