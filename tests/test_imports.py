@@ -384,7 +384,7 @@ def test_a_folder_that_would_not_open_is_not_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(folder, "described", wrongly)
     told = refused("sit", file)
-    assert "blocks.mlp.in.kernel (2, 32, 128) instead of (2, 32, 96)" in told
+    assert "mlp.in.bias (2, 128) instead of (2, 96)" in told
 
 
 def test_sizes_that_tensors_do_not_show_are_asked_for(tmp_path):
