@@ -367,34 +367,47 @@ def _check_video(options: Sampling, sampler: str, points: bool) -> None:
 # Drawing.
 
 
+def batches(
+    job: Job, labels: np.ndarray, indices: np.ndarray, size: int, bar: Any = None, **options: Any
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields samples (size, …), or their way (steps + 1, size, …), and calls; the last are fewer.
+
+    Args:
+      labels, indices: int32 (n,).
+      bar: is moved on by every batch.
+      options: of `FlowPipeline.draw`, beside the job's settings; noise is that of all, (n, …).
+    Raises:
+      UserError: samples that are not finite, or a missing autoencoder.
+    """
+    noise = options.pop("noise", None)
+    for start in range(0, len(labels), size):
+        # The last batch is filled up, so that all are one program.
+        part = np.minimum(np.arange(start, start + size), len(labels) - 1)
+        kept = min(size, len(labels) - start)
+        own = {} if noise is None else {"noise": noise[part]}
+        samples, finite, calls = fetch(
+            job.pipeline.draw(labels[part], indices=indices[part], **job.settings, **options, **own)
+        )
+        check_finite(finite[:kept])
+        if bar is not None:
+            bar.update(kept)
+        yield samples[:, :kept] if options.get("keep") else samples[:kept], calls[:kept]
+
+
 def draw(job: Job, steps: int, bar: Any = None) -> Drawn:
     """Draws all samples of a job at one step count (0: of the sampler's choice), in batches.
 
     Raises:
       UserError: samples that are not finite, or a missing autoencoder.
     """
-    labels, indices = job.labels, job.indices
-    size = job.batch
-    found, seconds = [], []
-    for start in range(0, job.total, size):
-        begun = time.perf_counter()
-        # The last batch is filled up, so that all are one program.
-        part = np.minimum(np.arange(start, start + size), job.total - 1)
-        result = fetch(
-            job.pipeline.draw(
-                labels[part], indices=indices[part], **job.settings, steps=max(steps, 1)
-            )
-        )
-        kept = min(size, job.total - start)
-        check_finite(result.finite[:kept])
-        found.append((result.samples[:kept], result.calls[:kept]))
-        seconds.append(time.perf_counter() - begun)
-        if bar is not None:
-            bar.update(kept)
+    found, times = [], [time.perf_counter()]
+    for part in batches(job, job.labels, job.indices, job.batch, bar, steps=max(steps, 1)):
+        found.append(part)
+        times.append(time.perf_counter())
     samples, calls = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    rest = sum(seconds[1:])
-    rate = (job.total - size) / rest if rest else 0.0
-    return Drawn(steps, samples, calls, seconds[0], rate)
+    rest = times[-1] - times[1]
+    rate = (job.total - job.batch) / rest if rest else 0.0
+    return Drawn(steps, samples, calls, times[1] - times[0], rate)
 
 
 def draw_all(job: Job) -> Iterator[Drawn]:

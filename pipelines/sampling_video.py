@@ -6,13 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipelines.flow import check_finite
-from pipelines.sampling import Job
+from pipelines.sampling import Job, batches
 from pipelines.sampling_files import stem
 from utils import figures
 from utils.animation import save_animation
 from utils.log import progress
-from utils.sharding import fetch
 
 SMOOTH = 20  # frames a second of an interpolation, and at most of the way from noise
 RESTS = 0.25  # of a video's time, in which the finished pictures stand still
@@ -76,24 +74,9 @@ def _way(job: Job) -> np.ndarray:
     labels, indices = job.labels, job.indices
     labels, indices = (labels, indices) if job.points else (labels[:SHOWN], indices[:SHOWN])
     size = min(job.batch, len(labels))
-    parts = []
     with progress(0, len(labels), "picture", "samples") as bar:
-        for start in range(0, len(labels), size):
-            part = np.minimum(np.arange(start, start + size), len(labels) - 1)
-            kept = min(size, len(labels) - start)
-            way, finite, _ = fetch(
-                job.pipeline.draw(
-                    labels[part],
-                    indices=indices[part],
-                    **job.settings,
-                    steps=job.steps[0],
-                    keep=True,
-                )
-            )
-            check_finite(finite[:kept])
-            parts.append(way[:, :kept])
-            bar.update(kept)
-    return np.concatenate(parts, axis=1)
+        drawn = batches(job, labels, indices, size, bar, steps=job.steps[0], keep=True)
+        return np.concatenate([way for way, _ in drawn], axis=1)
 
 
 def _frame(job: Job, samples: np.ndarray, head: str, way: np.ndarray) -> np.ndarray:
@@ -129,27 +112,13 @@ def _along(job: Job, labels: np.ndarray, indices: np.ndarray, noise: np.ndarray)
     """Pictures uint8 (frames, n, H, W, C) from noise (frames, n, …), drawn in batches."""
     count, n = noise.shape[:2]
     flat = noise.reshape(count * n, *noise.shape[2:])
+    # The indices serve stochastic samplers: one path through all frames.
     every, paths = np.tile(labels, count), np.tile(indices, count)
     size = min(job.options.batch_size, len(flat))
-    parts = []
     with progress(0, len(flat), "picture", "samples") as bar:
-        for start in range(0, len(flat), size):
-            part = np.minimum(np.arange(start, start + size), len(flat) - 1)
-            kept = min(size, len(flat) - start)
-            samples, finite, _ = fetch(
-                job.pipeline.draw(
-                    every[part],
-                    indices=paths[part],  # of a stochastic sampler: one path through all frames
-                    noise=flat[part],
-                    **job.settings,
-                    steps=max((*job.steps, 1)),
-                )
-            )
-            check_finite(finite[:kept])
-            parts.append(samples[:kept])
-            bar.update(kept)
-    pictures = np.concatenate(parts)
-    return pictures.reshape(count, n, *pictures.shape[1:])
+        options = {"noise": flat, "steps": max((*job.steps, 1))}
+        drawn = [samples for samples, _ in batches(job, every, paths, size, bar, **options)]
+    return np.concatenate(drawn).reshape(count, n, *drawn[0].shape[1:])
 
 
 def loop(stops: np.ndarray, frames: int) -> np.ndarray:

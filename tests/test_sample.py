@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import types
 import typing
 
 import jax
@@ -84,6 +85,27 @@ def test_a_picture_depends_on_its_seed_index_and_label_alone():
     assert set(many.labels[::2]) == {7}
     assert len(set(many.labels[1::2])) > 2
     assert not alike(whole, pictures(job(labels=("7", "-1"), num=8, seed=6)))
+
+
+def test_batches_are_full_and_give_what_was_asked():
+    """The last batch is filled up, so that none compiles anew; no sample of it comes back."""
+    asked = job()
+    sizes = []
+
+    def draw(labels, **options):
+        sizes.append(len(labels))
+        return FlowPipeline.draw(loaded(MEAN_FLOW).pipeline, labels, **options)
+
+    spied = asked._replace(pipeline=types.SimpleNamespace(draw=draw))
+    labels, indices = np.arange(10, dtype=np.int32), np.arange(20, 30, dtype=np.int32)
+    noise = asked.pipeline.noise(0, indices)
+    for options in ({}, {"noise": noise}, {"keep": True, "steps": 2}):
+        parts = list(sampling.batches(spied, labels, indices, 8, **options))
+        whole = np.concatenate([samples for samples, _ in parts], axis=int("keep" in options))
+        own = asked.pipeline(labels, indices=indices, **options).astype(int)
+        assert alike(whole.astype(int), own)
+        assert [len(calls) for _, calls in parts] == [8, 2]
+    assert sizes == [8] * 6
 
 
 def test_step_counts_stand_side_by_side_from_the_same_noise(tmp_path):
