@@ -205,7 +205,7 @@ class FlowPipeline(DiffusionPipeline):
     def _times(self, steps: int | None, timesteps: Sequence[float] | None) -> list[float]:
         """From 1 to 0."""
         if timesteps is not None:
-            times = [float(t) for t in timesteps]
+            times = [_single(t) for t in timesteps]
             falling = all(a > b for a, b in pairwise(times))
             if not (falling and len(times) > 1 and times[0] == 1 and times[-1] == 0):
                 raise ValueError(f"timesteps={times}: times that fall from 1 to 0")
@@ -219,10 +219,11 @@ class FlowPipeline(DiffusionPipeline):
 
     def _guided(self, labels: Tensor | None, scale: float, interval: tuple[float, float]):
         """The velocity u(∅) + scale · (u(c) − u(∅)), at times within the interval; else u(c)."""
+        low, high = (_single(time) for time in interval)
 
         def velocity(z: Tensor, r: float, t: float) -> Tensor:
             given = labels
-            guided = scale != 1 and interval[0] <= t <= interval[1]
+            guided = scale != 1 and low <= t <= high
             if guided:
                 null = torch.full_like(labels, self.transformer.config.num_classes)
                 z, given = torch.cat([z, z]), torch.cat([labels, null])
@@ -275,6 +276,11 @@ class FlowPipeline(DiffusionPipeline):
         network = type(self.transformer)
         index["transformer"] = [_copied(network, folder / "transformer"), network.__name__]
         (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _single(time: float) -> float:
+    """A time as float32 has it: so are those of the steps, and an interval's end may be one."""
+    return float(np.float32(float(time)))
 
 
 def _plain(name: str) -> str:
