@@ -1,8 +1,9 @@
 """DiT with two times, for PyTorch: (z, t, r, label) → velocity (arXiv 2212.09748, 2505.13447).
 
 t = 0 is data, t = 1 is noise, and r ≤ t. The output u(z, r, t) is the average velocity over [r, t];
-at r = t it is the velocity of the flow. Weights may be of any float type: embeddings, norms,
-modulation, what the blocks add to and the last layer are computed in float32.
+at r = t it is the velocity of the flow. Weights may be of any float type: embeddings, norms, what
+the blocks add to and the last layer are computed in float32; attention, MLP and the modulation's
+layer in the type of the weights.
 """
 
 # mypy: ignore-errors
