@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 
 from flows.samplers import ADAPTIVE, GRIDS
@@ -25,7 +26,8 @@ from utils.sharding import fetch
 
 RANDOM, NO_CLASS = -1, "none"  # among --labels
 POINTS = 5000  # of a figure, where their number is not given
-MOST = 10_000  # pictures, which are held in memory
+MOST = 10_000  # pictures of a figure
+MOST_BYTES = 4 << 30  # of samples that are held in memory
 MANY_STEPS = 32  # by default, of a flow and of the way that a video shows
 TOLERANCE = 1e-5
 OUT = "runs/samples"
@@ -268,7 +270,7 @@ def class_names(pipeline: FlowPipeline) -> tuple[str, ...]:
     """
     count, card = pipeline.num_classes, pipeline.card
     names = card.get("class_names")
-    if names is not None:
+    if names:
         if not isinstance(names, list) or len(names) != count or set(map(type, names)) - {str}:
             raise UserError(f"class_names of the model's card.json are not {count} names: mend it")
         return tuple(printable(name) for name in names)
@@ -410,10 +412,35 @@ def draw(job: Job, steps: int, bar: Any = None) -> Drawn:
     return Drawn(steps, samples, calls, times[1] - times[0], rate)
 
 
+def picture(job: Job) -> jax.ShapeDtypeStruct:
+    """Shape and type of one sample as it is written.
+
+    Raises:
+      UserError: a missing autoencoder.
+    """
+    one = jax.ShapeDtypeStruct((1, *job.pipeline.shape), np.float32)
+    found = jax.eval_shape(lambda codec, x: codec.decode(x), job.pipeline.autoencoder, one)
+    return jax.ShapeDtypeStruct(found.shape[1:], found.dtype)
+
+
+def check_memory(size: int, fewer: str) -> None:
+    """Raises UserError where so many bytes of samples are too many to hold; `fewer`: the mend."""
+    if size > MOST_BYTES:
+        raise UserError(
+            f"the samples would take {size / 2**30:,.1f} GiB of memory, and "
+            f"{MOST_BYTES / 2**30:g} are the most: give {fewer}"
+        )
+
+
 def draw_all(job: Job) -> Iterator[Drawn]:
-    """Draws every step count from the same noise; a bar shows how far it is where it takes long."""
-    _ = job.pipeline.autoencoder  # a missing one is told first
-    counts = job.steps or (0,)
+    """Draws every step count from the same noise; a bar shows how far it is where it takes long.
+
+    Raises:
+      UserError: samples that are not finite or too many for the memory, or a missing autoencoder.
+    """
+    counts, one = job.steps or (0,), picture(job)  # which tells a missing autoencoder first
+    size = job.total * len(counts) * one.size * one.dtype.itemsize
+    check_memory(size, "a smaller --num, or fewer --labels or --steps")
     many = job.total > job.batch
     what = "point" if job.points else "picture"
     bar = progress(0, job.total * len(counts), what, "samples") if many else None

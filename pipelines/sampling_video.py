@@ -1,12 +1,15 @@
 """Animations: the way from noise to pictures, and pictures along a way through several noises."""
 
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from pipelines.sampling import Job, batches
+from models.autoencoder import Autoencoder
+from pipelines.sampling import Job, batches, check_memory, picture
 from pipelines.sampling_files import stem
 from utils import figures
 from utils.animation import save_animation
@@ -32,9 +35,9 @@ def write(job: Job) -> tuple[pathlib.Path, int]:
     """Writes the animation that the job's options ask for; returns where, and its frames.
 
     Raises:
-      UserError: samples that are not finite, a missing autoencoder, or an ffmpeg that fails.
+      UserError: samples that are not finite or too many for the memory, a missing autoencoder, or
+        an ffmpeg that fails.
     """
-    _ = job.pipeline.autoencoder  # a missing one is told first
     options = job.options
     film = denoising(job) if options.video == "denoising" else interpolation(job)
     path = job.out / f"{stem(job)}_{options.video}.{options.video_format}"
@@ -54,29 +57,51 @@ def write(job: Job) -> tuple[pathlib.Path, int]:
 
 
 def denoising(job: Job) -> Film:
-    """The samples at each time of the grid, decoded; the last ones stand still for a while.
+    """The samples at times of the grid, decoded frame by frame; the last ones stand for a while.
 
     Raises:
-      UserError: samples that are not finite.
+      UserError: samples that are not finite or too many for the memory, or a missing autoencoder.
     """
+    height = picture(job).shape[0]  # which tells a missing autoencoder first
     seconds = job.options.video_seconds
     times = job.pipeline.times(job.steps[0], job.grid)
     most = max(2, int(SMOOTH * seconds * (1 - RESTS)))
     shown = np.linspace(0, len(times) - 1, min(most, len(times))).round().astype(int)
-    way = _way(job)[shown]
-    frames = (_frame(job, x, f"t = {t:.2f}", way) for x, t in zip(way, times[shown], strict=True))
+    way = _way(job, shown)
+    drawn = way if job.points else _decoded(job, way)
+    frames = (_frame(job, x, f"t = {t:.2f}", way) for x, t in zip(drawn, times[shown], strict=True))
     fps = len(shown) / (seconds * (1 - RESTS))
-    return Film(frames, len(shown), fps, RESTS * seconds, job.points or way.shape[2] <= SHARP)
+    return Film(frames, len(shown), fps, RESTS * seconds, job.points or height <= SHARP)
 
 
-def _way(job: Job) -> np.ndarray:
-    """The samples at every time, (steps + 1, n, …), drawn in batches."""
+def _way(job: Job, shown: np.ndarray) -> np.ndarray:
+    """What the network sees at the times of the numbers `shown`, float32 (frames, n, …)."""
     labels, indices = job.labels, job.indices
     labels, indices = (labels, indices) if job.points else (labels[:SHOWN], indices[:SHOWN])
     size = min(job.batch, len(labels))
+    held = (job.steps[0] + 1) * size + len(shown) * len(labels)  # a batch's whole way, and frames
+    check_memory(
+        held * 4 * math.prod(job.pipeline.shape), "a smaller --num, --steps or --batch_size"
+    )
     with progress(0, len(labels), "picture", "samples") as bar:
-        drawn = batches(job, labels, indices, size, bar, steps=job.steps[0], keep=True)
-        return np.concatenate([way for way, _ in drawn], axis=1)
+        options = {"steps": job.steps[0], "keep": True, "decode": False}
+        drawn = batches(job, labels, indices, size, bar, **options)
+        return np.concatenate([way[shown] for way, _ in drawn], axis=1)
+
+
+def _decoded(job: Job, way: np.ndarray) -> Iterator[np.ndarray]:
+    """The pictures uint8 (n, H, W, C) of each frame of (frames, n, …), when it is taken."""
+    codec = jax.device_put(job.pipeline.autoencoder)
+    n, size = way.shape[1], min(job.batch, way.shape[1])
+    for frame in way:
+        parts = -(-n // size)
+        full = np.resize(frame, (parts, size, *frame.shape[1:]))  # the last one filled up
+        yield np.concatenate([np.asarray(_decode(codec, part)) for part in full])[:n]
+
+
+@jax.jit
+def _decode(codec: Autoencoder, x: jax.Array) -> jax.Array:
+    return codec.decode(x)
 
 
 def _frame(job: Job, samples: np.ndarray, head: str, way: np.ndarray) -> np.ndarray:
@@ -95,10 +120,15 @@ def interpolation(job: Job) -> Film:
     """A picture of each label, on a way through `num` noises and back to the first.
 
     Raises:
-      UserError: samples that are not finite.
+      UserError: samples that are not finite or too many for the memory, or a missing autoencoder.
     """
     labels = job.labels[: min(len(job.words), SHOWN)]
     count = max(2, round(job.options.video_seconds * SMOOTH / job.num)) * job.num
+    one = picture(job)
+    each = one.size * one.dtype.itemsize + 4 * math.prod(job.pipeline.shape)  # and its noise
+    check_memory(
+        count * len(labels) * each, "fewer --labels, or a smaller --num or --video_seconds"
+    )
     own = job.indices.reshape(job.num, len(job.words))[:, : len(labels)]
     stops = np.stack([job.pipeline.noise(job.seed, row) for row in own])
     samples = _along(job, labels, own[0], loop(stops, count))

@@ -235,7 +235,9 @@ def test_names_come_from_the_card():
     fewer = dataclasses.replace(own, card=own.card | {"class_names": names[1:]})
     with pytest.raises(UserError, match="are not 10 names: mend it"):
         sampling.class_names(fewer)
-    assert sampling.class_names(own) == tuple("0123456789")
+    for none in ({}, {"class_names": []}):
+        unnamed = dataclasses.replace(own, card=own.card | none)
+        assert sampling.class_names(unnamed) == tuple("0123456789")
     thousand = {"num_classes": 1000, "dataset": "imagenet256 0123456789ab"}
     assert sampling.class_names(dataclasses.replace(own, card=own.card | thousand))[207] == (
         "golden retriever"
@@ -311,6 +313,53 @@ def test_denoising_ends_in_the_pictures(tmp_path, kind):
         np.clip(127.5 * noise + 128, 0, 255).astype(np.uint8), list("727272"), 2, ["t = 1.00", ""]
     )
     assert np.abs(frames[0].astype(int) - first[..., 0]).max() <= 2
+
+
+def test_a_video_decodes_the_times_that_it_shows_alone(monkeypatch):
+    """Of 40 steps 8 frames, whose pictures are those that the whole way, decoded, has there."""
+    asked = job(workdir=FLOW, num=5, steps=(40,), video="denoising", batch_size=2)
+    asked = asked._replace(options=asked.options._replace(video_seconds=0.55))
+    whole = asked.pipeline(asked.labels, indices=asked.indices, steps=40, keep=True)
+    decoded, drawn, decode = [], [], sampling_video._decode
+    monkeypatch.setattr(sampling_video, "_decode", lambda c, x: decoded.append(x) or decode(c, x))
+    monkeypatch.setattr(sampling_video, "_frame", lambda job, x, *_: drawn.append(x) or x)
+    film = sampling_video.denoising(asked)
+    assert not decoded
+    assert len(list(film.frames)) == film.length == 8
+    assert [len(x) for x in decoded] == [2] * 3 * 8
+    shown = np.linspace(0, 40, 8).round().astype(int)
+    assert alike(np.stack(drawn).astype(int), whole[shown].astype(int))
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "told"),
+    [
+        ({"num": 8}, 8 * 64, "smaller --num, or fewer --labels or --steps"),
+        ({"num": 8, "steps": (1, 2)}, 2 * 8 * 64, "fewer --labels or --steps"),
+        # The whole way of a batch, and the five frames of all.
+        (
+            {"num": 6, "steps": (4,), "video": "denoising", "batch_size": 4},
+            4 * 64 * (5 * 4 + 5 * 6),
+            "smaller --num, --steps or --batch_size",
+        ),
+        (
+            {"num": 2, "labels": ("3", "4"), "video": "interpolation", "video_seconds": 0.2},
+            4 * 2 * 64 * (1 + 4),
+            "fewer --labels, or a smaller --num or --video_seconds",
+        ),
+    ],
+)
+def test_what_memory_cannot_hold_is_told_before_it_is_drawn(
+    tmp_path, monkeypatch, options, size, told
+):
+    asked = job(tmp_path, **options)
+    draw = sampling_video.write if asked.options.video else lambda job: list(sampling.draw_all(job))
+    monkeypatch.setattr(sampling, "MOST_BYTES", size)
+    draw(asked)
+    monkeypatch.setattr(sampling, "MOST_BYTES", size - 1)
+    monkeypatch.setattr(sampling, "fetch", None)
+    with pytest.raises(UserError, match=f"the samples would take .* GiB of memory.*{told}"):
+        draw(asked)
 
 
 def test_an_interpolation_passes_through_its_noises_and_closes(tmp_path):
