@@ -428,6 +428,19 @@ def test_a_network_without_a_null_label_is_refused(tmp_path):
     assert "without a null label" in refused("jax_flow", tmp_path / "a.pkl")
 
 
+@pytest.mark.parametrize(
+    ("rows", "told", "doubtful"),
+    [(1000, None, True), (1000, 999, False), (1001, None, False)],
+)
+def test_a_table_of_a_thousand_rows_is_told(rows, told, doubtful, tmp_path, monkeypatch):
+    """It may be ImageNet's without a null label, which most files do not say."""
+    file = write("sit", tmp_path / "a.safetensors", of_sizes(num_classes=rows - 1))
+    tree = read.read(file, "sit")._replace(config={} if told is None else {"num_classes": told})
+    monkeypatch.setattr(read, "read", lambda *_: tree)
+    done = folder.run(options("sit", file, tmp_path / "out"))
+    assert ("without a null label" in done) == doubtful
+
+
 @pytest.mark.parametrize("held", ["model.safetensors", "config.json", "checkpoints"])
 def test_a_folder_that_holds_something_is_left_alone(held, tmp_path):
     """A run's folder, whose config would be replaced, as much as one of weights."""

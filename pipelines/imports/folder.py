@@ -104,7 +104,7 @@ def converted(options: Import) -> tuple[FlowPipeline, list[str]]:
     tree = unflatten_dict(params, sep=".")
     card["parameters"] = build.count_parameters(tree)
     shown = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
-    remarks = [f"left out: {shown}" if left else "", style.remark]
+    remarks = [f"left out: {shown}" if left else "", style.remark, doubt(sizes, checkpoint)]
     return FlowPipeline.build(config, card, tree), [remark for remark in remarks if remark]
 
 
@@ -160,6 +160,20 @@ def check_classes(options: Import, s: Sizes, checkpoint: read.Checkpoint) -> Non
             f"{options.checkpoint} was trained on {told} classes without a null label (its "
             "class_dropout_prob is 0), which networks here have: it cannot be imported"
         )
+
+
+def doubt(s: Sizes, checkpoint: read.Checkpoint) -> str:
+    """What is to be said of a table of labels that may have no null label; often nothing.
+
+    Tensors do not show it, and of most files nothing else is known.
+    """
+    if s.num_classes + 1 != IMAGENET or checkpoint.config.get("num_classes") == s.num_classes:
+        return ""
+    return (
+        f"its table of labels has {IMAGENET} rows, taken as those of {s.num_classes} classes and "
+        "of the null label; if it was trained on ImageNet without a null label, label "
+        f"{s.num_classes} is its last class, and guidance means nothing"
+    )
 
 
 def exported(options: Import) -> tuple[FlowPipeline, list[str]]:
