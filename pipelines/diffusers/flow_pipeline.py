@@ -11,6 +11,7 @@ velocity u that is MeanFlow (arXiv 2505.13447), with the velocity at r = t it is
 
 import difflib
 import json
+import operator
 import os
 import pathlib
 import re
@@ -78,11 +79,12 @@ class FlowPipeline(DiffusionPipeline):
         """Returns pictures.
 
         Args:
-          class_labels: numbers, or names where the classes have them; one for all, or one for each.
-            The number of classes stands for no label. None: drawn by the generator.
+          class_labels: numbers, or names where the classes have them; one for all, or one for each,
+            as a list, an array or a tensor. The number of classes stands for no label. None: drawn
+            by the generator.
           num_inference_steps: default 1 for MeanFlow, 50 for flow matching.
           guidance_scale: of classifier-free guidance, which doubles the network's work; 1: none.
-          generator: of the noise, then of the labels; a list has one for each picture.
+          generator: of the noise, then of the labels; a list has one for all, or one for each.
           num_samples: how many pictures; default one for each label, or for each of `latents`.
           height, width: of the pictures; the model makes one size.
           latents: the noise to start from, (n, channels, height, width) as the network sees it.
@@ -96,10 +98,11 @@ class FlowPipeline(DiffusionPipeline):
           ValueError: what this model cannot do.
         """
         sampler = self._check(sampler, guidance_scale, output_type, height, width)
-        count = self._count(class_labels, num_samples, latents)
+        asked = _listed(class_labels)
+        count = self._count(asked, num_samples, latents, generator)
         device = self._execution_device
         z = self._noise(count, generator, latents, device)
-        labels = self._labels(class_labels, count, generator, device)
+        labels = self._labels(asked, count, generator, device)
         times = self._times(num_inference_steps, timesteps)
         velocity = self._guided(labels, guidance_scale, guidance_interval)
         with self.progress_bar(total=len(times) - 1) as bar:
@@ -126,6 +129,8 @@ class FlowPipeline(DiffusionPipeline):
             raise ValueError("sampler meanflow needs a network of MeanFlow: use euler or heun")
         if guidance_scale != 1 and not self.transformer.config.num_classes:
             raise ValueError(f"guidance_scale={guidance_scale}: the network knows no labels, use 1")
+        if not abs(guidance_scale) < 1e6:
+            raise ValueError(f"guidance_scale={guidance_scale}: a finite number, 1 for none")
         if output_type not in OUTPUTS:
             raise ValueError(f"no output_type {output_type!r}: one of {', '.join(OUTPUTS)}")
         if output_type != "latent" and self.config.latents and self.vae is None:
@@ -144,20 +149,19 @@ class FlowPipeline(DiffusionPipeline):
                 raise ValueError(f"{name}={given}: this model makes {size[0]}×{size[1]}")
         return sampler
 
-    def _count(self, class_labels, num_samples: int | None, latents: Tensor | None) -> int:
-        """How many pictures; one label serves any number."""
+    def _count(self, asked: list | None, num_samples: int | None, latents, generator) -> int:
+        """How many pictures; one label serves any number, and so does one generator."""
         counts = {"num_samples": num_samples, "latents": None if latents is None else len(latents)}
-        if isinstance(class_labels, Sequence | Tensor | np.ndarray) and not isinstance(
-            class_labels, str
-        ):
-            counts["class_labels"] = len(class_labels)
-            if len(class_labels) == 1 and {num_samples, counts["latents"]} != {None}:
-                del counts["class_labels"]
+        if asked is not None and len(asked) != 1:
+            counts["class_labels"] = len(asked)
         given = {name: count for name, count in counts.items() if count is not None}
         if len(set(given.values())) > 1 or min(given.values(), default=1) < 1:
             told = ", ".join(f"{name} says {count}" for name, count in given.items())
             raise ValueError(f"how many pictures? {told}")
-        return next(iter(given.values()), 1)
+        count = next(iter(given.values()), 1)
+        if isinstance(generator, list) and len(generator) not in (1, count):
+            raise ValueError(f"{len(generator)} generators for {count} pictures: one, or one each")
+        return count
 
     def _noise(self, count: int, generator: Generators, latents, device) -> Tensor:
         """What is started from, float32 on the device."""
@@ -169,14 +173,16 @@ class FlowPipeline(DiffusionPipeline):
             raise ValueError(f"latents of {tuple(latents.shape)}: the network sees {shape}")
         return latents.to(device, torch.float32)
 
-    def _labels(self, class_labels, count: int, generator: Generators, device) -> Tensor | None:
+    def _labels(
+        self, asked: list | None, count: int, generator: Generators, device
+    ) -> Tensor | None:
         """The labels (count,), drawn where none are given; None for a network without."""
         classes = self.transformer.config.num_classes
         if not classes:
-            if class_labels is not None:
+            if asked is not None:
                 raise ValueError("class_labels were given, and the network knows none")
             return None
-        if class_labels is None:
+        if asked is None:
             own = generator if isinstance(generator, list) else [generator]
             each = count // len(own)
             drawn = [
@@ -184,8 +190,7 @@ class FlowPipeline(DiffusionPipeline):
                 for g in own
             ]
             return torch.cat([part.to(device) for part in drawn])
-        one = isinstance(class_labels, int | str)
-        numbers = [self._number(label) for label in ([class_labels] if one else class_labels)]
+        numbers = [self._number(label) for label in asked]
         return torch.tensor(numbers, device=device).expand(count)
 
     def _number(self, label) -> int:
@@ -198,9 +203,13 @@ class FlowPipeline(DiffusionPipeline):
                 known = f"did you mean {near[0]!r}?" if near else ", ".join(list(plain)[:20])
                 raise ValueError(f"no class {label!r}: {known or 'they have no names here'}")
             return self.labels.get(label, plain.get(_plain(label)))
-        if not 0 <= int(label) <= classes:
+        try:
+            number = operator.index(label)
+        except TypeError:
+            raise ValueError(f"class {label}: a whole number, or a name") from None
+        if not 0 <= number <= classes:
             raise ValueError(f"class {label}: from 0 to {classes - 1}, or {classes} for none")
-        return int(label)
+        return number
 
     def _times(self, steps: int | None, timesteps: Sequence[float] | None) -> list[float]:
         """From 1 to 0."""
@@ -211,14 +220,16 @@ class FlowPipeline(DiffusionPipeline):
                 raise ValueError(f"timesteps={times}: times that fall from 1 to 0")
             return times
         steps = (1 if self.config.objective == "mean_flow" else 50) if steps is None else steps
-        if steps < 1:
-            raise ValueError(f"num_inference_steps={steps}: at least 1")
+        if not isinstance(steps, int | np.integer) or steps < 1:
+            raise ValueError(f"num_inference_steps={steps}: a whole number, at least 1")
         return (1 - np.linspace(0, 1, steps + 1)).astype(np.float32).tolist()
 
     # How it is made
 
     def _guided(self, labels: Tensor | None, scale: float, interval: tuple[float, float]):
         """The velocity u(∅) + scale · (u(c) − u(∅)), at times within the interval; else u(c)."""
+        if not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+            raise ValueError(f"guidance_interval={interval}: two times in [0, 1], the lower first")
         low, high = (_single(time) for time in interval)
 
         def velocity(z: Tensor, r: float, t: float) -> Tensor:
@@ -281,6 +292,14 @@ class FlowPipeline(DiffusionPipeline):
 def _single(time: float) -> float:
     """A time as float32 has it: so are those of the steps, and an interval's end may be one."""
     return float(np.float32(float(time)))
+
+
+def _listed(labels) -> list | None:
+    """What may be one label or several, NumPy's and PyTorch's among them, as a list; None: none."""
+    if isinstance(labels, Tensor | np.ndarray | np.generic):
+        labels = labels.tolist()  # a single one where there is no axis
+    several = isinstance(labels, Sequence) and not isinstance(labels, str)
+    return None if labels is None else list(labels) if several else [labels]
 
 
 def _plain(name: str) -> str:

@@ -258,11 +258,37 @@ def test_classes_have_names(tmp_path):
         pipe("cat")
 
 
+def test_labels_of_any_kind(folder):
+    """One for all: a number of Python, NumPy or PyTorch, or a list or an array of one."""
+    _, pipe = both("mean_flow", folder)
+    latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def of(labels):
+        return pipe(labels, latents=latents, output_type="latent").images
+
+    right = of([3, 3])
+    for labels in (3, np.int64(3), torch.tensor(3), np.array(3), [np.int8(3)], torch.tensor([3])):
+        assert torch.equal(of(labels), right), repr(labels)
+    assert torch.equal(of(np.array([3, 4])), of(range(3, 5)))
+    assert not torch.equal(of((3, 4)), right)
+
+
 MISUSES = {
     "no sampler 'ddim': one of": {"sampler": "ddim"},
     "class 11: from 0 to 9, or 10 for none": {"class_labels": [11]},
     "how many pictures": {"class_labels": [1, 2], "num_samples": 3},
-    "num_inference_steps=0: at least 1": {"num_inference_steps": 0},
+    "class 3.7: a whole number, or a name": {"class_labels": [3.7]},
+    r"class \[1, 2\]: a whole number": {"class_labels": torch.tensor([[1, 2], [3, 4]])},
+    "class 0.5: a whole number": {"class_labels": np.float32(0.5)},
+    "class_labels says 0": {"class_labels": []},
+    "2 generators for 3 pictures": {"generator": [torch.Generator()] * 2, "num_samples": 3},
+    "guidance_scale=nan: a finite number": {"guidance_scale": float("nan")},
+    "guidance_scale=inf: a finite number": {"guidance_scale": float("inf")},
+    "the lower first": {"guidance_interval": (0.8, 0.3)},
+    r"=\(nan, 1.0\): two times": {"guidance_interval": (float("nan"), 1.0)},
+    "num_inference_steps=0: a whole number, at least 1": {"num_inference_steps": 0},
+    "num_inference_steps=2.5: a whole number": {"num_inference_steps": 2.5},
+    r"\[1.0, 0.5, 0.5, 0.0\]: times that fall": {"timesteps": [1, 0.5, 0.5 - 1e-12, 0]},
     "times that fall from 1 to 0": {"timesteps": [1, 0.5]},
     "no output_type 'jpg'": {"output_type": "jpg"},
     "the network sees": {"latents": torch.zeros(1, 1, 4, 4)},
