@@ -208,9 +208,7 @@ def prepare(options: Sampling) -> Job:
     grid, steps = _grid(options), _steps(options, sampler, run.pipeline)
     points = len(run.pipeline.shape) == 1
     _check_video(options, sampler, points)
-    few = bool(options.labels) or options.video == "interpolation"
-    given = POINTS if points else 4 if few else 16
-    num = options.num or given
+    num = options.num or usual_num(options, points)
     _check_total(options.first, len(words) * num, points)
     return Job(
         options=options,
@@ -228,6 +226,12 @@ def prepare(options: Sampling) -> Job:
         seed=options.seed,
         out=pathlib.Path(options.out or f"{OUT}/{'_'.join(run.path.parts[-2:])}").expanduser(),
     )
+
+
+def usual_num(options: Sampling, points: bool) -> int:
+    """The number of samples of each label where none is given."""
+    few = bool(options.labels) or options.video == "interpolation"
+    return POINTS if points else 4 if few else 16
 
 
 def _check_total(first: int, total: int, points: bool) -> None:

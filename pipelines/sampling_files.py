@@ -5,9 +5,11 @@ A PNG holds its settings as text: `exiftool FILE`, `identify -verbose FILE` or P
 which it was called.
 """
 
+import hashlib
 import itertools
 import re
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +17,16 @@ from typing import Any
 import numpy as np
 
 from flows.samplers import ADAPTIVE
-from pipelines.sampling import NO_CLASS, RANDOM, TOLERANCE, Drawn, Job, Sampling, counted
+from pipelines.sampling import (
+    NO_CLASS,
+    RANDOM,
+    TOLERANCE,
+    Drawn,
+    Job,
+    Sampling,
+    counted,
+    usual_num,
+)
 from utils import figures
 
 SHOWN = 100  # pictures of a grid at most; all are written one by one
@@ -72,27 +83,50 @@ def sheet(job: Job, drawn: Sequence[Drawn]) -> np.ndarray:
 
 
 def stem(job: Job) -> str:
-    """The name of what is written: other settings have another."""
+    """The name of what is written: other settings have another.
+
+    Where a word of it can stand for several settings, as "5_labels" does, eight digits of a hash of
+    them all follow.
+    """
     options = job.options
-    asked = [_slug(job.name_of(label)) for label in job.words if label != RANDOM]
+    labels, exact = _labels(job)
     parts = [] if job.exported else [f"at{job.checkpoint}"]
     parts += [f"ema_{options.ema}"] if options.ema else []
-    if asked and job.names:
-        parts.append("_".join(asked) if len(asked) <= 3 else f"{len(asked)}_labels")
+    parts += [labels] if labels else []
+    parts += [f"num{job.num}"] if job.num != usual_num(options, job.points) else []
     parts += [f"steps{'_'.join(map(str, job.steps))}"] if job.steps else []
     parts += [job.sampler] if job.sampler != job.pipeline.check(1, "", []) else []
-    parts += [f"tolerance{options.tolerance:g}"] if options.tolerance != TOLERANCE else []
+    parts += [f"tolerance{options.tolerance:.9g}"] if options.tolerance != TOLERANCE else []
     if job.grid != "uniform":
-        parts.append(
-            "_".join(options.grid)
-            if isinstance(job.grid, str)
-            else "times" + "_".join(f"{t:g}" for t in job.grid[:20])
-        )
+        times = () if isinstance(job.grid, str) else job.grid
+        parts.append("times" + "_".join(f"{t:g}" for t in times) if times else str(job.grid))
+        exact &= all(float(f"{t:g}") == t for t in times)
     if options.guidance != 1:
-        parts.append(f"guidance{options.guidance:g}")
+        parts.append(f"guidance{options.guidance:.9g}")
         parts += [options.guidance_interval.replace(":", "_")] if job.interval != (0, 1) else []
     parts += [f"seed{job.seed}"] + ([f"from{options.first}"] if options.first else [])
-    return _short("_".join(parts), 150)
+    seconds = options.video_seconds
+    parts += [f"{seconds:.9g}s"] if options.video and seconds != Sampling().video_seconds else []
+    whole = "_".join(parts)
+    name = _short(whole, 140)
+    if exact and name == whole and not options.autoencoder:
+        return name
+    settings = {**job.settings, "autoencoder": options.autoencoder, "labels": job.words}
+    told = repr((whole, sorted(settings.items())))
+    return f"{name}_{hashlib.sha256(told.encode(errors='replace')).hexdigest()[:8]}"
+
+
+def _labels(job: Job) -> tuple[str, bool]:
+    """The labels asked for as part of a file's name, and whether it can mean no others."""
+    if not (job.names and job.options.labels):
+        return "", True
+    if len(job.words) > 3:
+        return f"{len(job.words)}_labels", False
+    # Some file systems keep no case apart.
+    known = Counter(_slug(name).casefold() for name in ("random", *job.names, "no class"))
+    asked = ["random" if label == RANDOM else job.name_of(label) for label in job.words]
+    slugs = [_slug(name) for name in asked]
+    return "+".join(slugs), all(slug and known[slug.casefold()] == 1 for slug in slugs)
 
 
 def _file_name(index: int, name: str) -> str:

@@ -175,7 +175,7 @@ def test_files_say_how_they_were_made_and_the_command_makes_them_again(tmp_path)
     options = {"labels": ("-1", "none"), "num": 4, "seed": 4, "steps": (2,), "guidance": 1.5}
     asked = job(tmp_path / "first", **options)
     told = sampling_files.write(asked, list(sampling.draw_all(asked)))
-    place = f"{tmp_path}/first/no_class_steps2_guidance1.5_seed4"
+    place = f"{tmp_path}/first/random+no_class_steps2_guidance1.5_seed4"
     assert told == [f"{place}.png: the grid", f"{place}: 8 single pictures"]
     files = sorted(pathlib.Path(place).iterdir())
     facts = figures.read_text(files[2])
@@ -215,9 +215,24 @@ def test_other_settings_have_other_names(tmp_path):
     settings += [{"labels": ("3", "4")}, {"guidance": 2.0}, {"grid": ("1", "0.5", "0")}]
     settings += [{"guidance": 2.0, "guidance_interval": "0:0.5"}, {"sampler": "euler"}]
     settings += [{"sampler": "dopri5"}, {"sampler": "dopri5", "tolerance": 0.1}, {"first": 7}]
-    settings += [{"grid": ("cosine",), "steps": (2,)}]
-    names = [sampling_files.stem(job(tmp_path, **options)) for options in settings]
-    assert len(set(names)) == len(names)
+    settings += [{"grid": ("cosine",), "steps": (2,)}, {"grid": ("1", "0.50000001", "0")}]
+    settings += [{"labels": tuple("1234")}, {"labels": tuple("5678")}, {"labels": ("3", "-1")}]
+    settings += [{"labels": ("-1",)}, {"num": 8}, {"labels": ("3",), "num": 8}]
+    settings += [{"autoencoder": "a"}, {"autoencoder": "b"}, {"guidance": 2.0000002}]
+    films = [{"video": "interpolation"}, {"video": "interpolation", "video_seconds": 2.0}]
+    grids = [
+        ("1", *(f"{0.9 - i / 100:g}" for i in range(80)), end, "0") for end in ("0.04", "0.03")
+    ]
+    settings += films + [{"grid": times} for times in grids]
+    prepared = [job(tmp_path, **options) for options in settings]
+    names = ("a/b", "a b", "A", "a", *"ghijkl")
+    labelled = job(tmp_path, labels=("0",))
+    prepared += [labelled._replace(names=names, words=(label,)) for label in range(4)]
+    stems = [sampling_files.stem(each) for each in prepared]
+    kinds = [each.options.video for each in prepared]  # which a film's name tells too
+    assert len(set(zip(map(str.casefold, stems), kinds, strict=True))) == len(stems)
+    assert max(map(len, stems)) < 160
+    assert stems[0] == "steps1_seed0"
 
 
 def test_what_a_model_says_is_told_in_a_line():
@@ -451,7 +466,7 @@ def test_each_key_does_its_own(tmp_path):
         f"{place}seed {seed}, steps {steps}"
         for seed, steps in ((0, 1), (1, 1), (1, 1), (1, 2), (1, 4), (1, 2))
     ]
-    saved = tmp_path / "out" / "steps2_seed1"
+    saved = tmp_path / "out" / "num4_steps2_seed1"
     assert f"{saved}: 4 single pictures" in told
     assert len(list(saved.iterdir())) == 4
     assert told.count(sampling_watch.HELP) == 2  # at the beginning, and for x
