@@ -296,7 +296,7 @@ def torch_shapes(transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The tensors of `FlowTransformer2DModel`: names and shapes, from its config.json."""
     c = transformer
     d, channels, side = c["hidden_size"], c["in_channels"], c["patch_size"]
-    hidden, pixels = int(c["mlp_ratio"] * d), side**2 * channels
+    hidden, pixels = round(c["mlp_ratio"] * d), side**2 * channels
     of = {"t": "t", "r": "r", "t-r": "d"}
     layers: dict[str, tuple[int, ...]] = {"x_embedder.proj": (d, channels, side, side)}
     for told in c["time_inputs"].split(","):
@@ -453,13 +453,13 @@ def _derived(
     try:
         config.objective, config.use_stable_vae = described["objective"], int(described["latents"])
         config.model.update({name: c[other] for name, other in KEYS.items()})
-        names = described.get("id2label") or {}
         card = {
             "shape": [*c["sample_size"], c["in_channels"]],
             "num_classes": c["num_classes"],
-            "class_names": [names[str(i)] for i in range(len(names))],
             "origin": f"{path.name}, a pipeline of diffusers",
         }
+        if names := described.get("id2label"):
+            card["class_names"] = [names[str(i)] for i in range(len(names))]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} describes no network of this project ({error})") from error
     return config, card

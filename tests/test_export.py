@@ -95,14 +95,15 @@ def test_no_file_is_replaced(tmp_path):
 
 OPTIONS = [
     ("mean_flow", 10, (8, 8, 1), {}),
-    ("mean_flow", 0, (8, 12, 3), {"time_inputs": "r, t-r", "patch_size": 4, "mlp_ratio": 2.5}),
+    ("mean_flow", 0, (8, 12, 3), {"time_inputs": "r, t-r", "patch_size": 4, "mlp_ratio": 2.55}),
     ("flow_matching", 3, (4, 4, 4), {"time_inputs": "t", "prediction": "noise", "time_scale": 2.0}),
 ]
 
 
 @pytest.mark.parametrize(("objective", "classes", "shape", "model"), OPTIONS)
 def test_there_and_back(tmp_path, objective, classes, shape, model):
-    ours = random_pipeline(objective, classes, shape, tuple(model.items()))
+    names = ["a", "b", "c"] if classes == 3 else None
+    ours = random_pipeline(objective, classes, shape, tuple(model.items()), names=names)
     write_diffusers(ours, tmp_path)
     tensors = safetensors.numpy.load_file(tmp_path / WEIGHTS)
     transformer = json.loads((tmp_path / "transformer" / "config.json").read_text())
@@ -113,7 +114,7 @@ def test_there_and_back(tmp_path, objective, classes, shape, model):
                 file.unlink()
         config, card, params = read_diffusers(tmp_path)
         assert config.objective == objective and card["num_classes"] == classes
-        assert tuple(card["shape"]) == shape
+        assert tuple(card["shape"]) == shape and card.get("class_names") == names
         back, first = leaves(params), leaves(ours.params)
         assert back.keys() == first.keys()
         assert all(back[k].dtype == np.float32 for k in back)

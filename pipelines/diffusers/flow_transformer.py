@@ -60,7 +60,7 @@ class FlowTransformer2DModel(ModelMixin, ConfigMixin):
             self.y_embedder = LabelEmbedder(num_classes + 1, hidden_size)
         self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_attention_heads, int(mlp_ratio * hidden_size))
+            Block(hidden_size, num_attention_heads, round(mlp_ratio * hidden_size))
             for _ in range(num_layers)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)

@@ -49,7 +49,7 @@ SCALED = {"time_inputs": "t", "time_scale": 1000.0, "patch_size": 1}
 NETWORKS = {
     "mean_flow": ("mean_flow", 10, (8, 8, 1), {}),
     "mean_flow of r": ("mean_flow", 0, (8, 12, 3), {"time_inputs": "t,r", "patch_size": 4}),
-    "mean_flow of t-r": ("mean_flow", 10, (8, 8, 1), {"time_inputs": "t-r", "mlp_ratio": 2.5}),
+    "mean_flow of t-r": ("mean_flow", 10, (8, 8, 1), {"time_inputs": "t-r", "mlp_ratio": 2.55}),
     "flow_matching": ("flow_matching", 10, (8, 8, 4), {}),
     "noise": ("flow_matching", 10, (8, 8, 4), {"time_inputs": "t", "prediction": "noise"}),
     "scaled": ("flow_matching", 0, (4, 4, 1), SCALED),
