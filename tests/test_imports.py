@@ -495,10 +495,13 @@ class Calls:
         return self.function, self.args
 
 
+def word(text: str) -> bytes:
+    return b"\x8c" + bytes([len(text)]) + text.encode()
+
+
 def program(module: str, name: str, argument: str) -> bytes:
     """A pickle that calls MODULE.NAME(argument), whatever pickle itself would write."""
-    words = [b"\x8c" + bytes([len(w)]) + w.encode() for w in (module, name, argument)]
-    return b"\x80\x04" + words[0] + words[1] + b"\x93" + words[2] + b"\x85R."
+    return b"\x80\x04" + word(module) + word(name) + b"\x93" + word(argument) + b"\x85R."
 
 
 def array_state(data: bytes, shape: tuple[int, ...], dtype: str = "f4"):
@@ -561,6 +564,39 @@ def held_by_itself() -> bytes:
     value: dict = {}
     value["a"] = value
     return pickle.dumps(value)
+
+
+# 2^60 in 350 bytes: a tuple that twice holds a tuple that twice holds …
+TUPLES = b"N" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(60))
+FROZEN = word("flax.core.frozen_dict") + word("FrozenDict") + b"\x93"
+
+
+@pytest.mark.parametrize(
+    "program",
+    {
+        "SETITEM": b"}" + TUPLES + b"Ns.",
+        "SETITEMS": b"}(" + word("a") + b"N" + TUPLES + b"Nu.",
+        "DICT": b"(" + TUPLES + b"Nd.",
+        "FROZENSET": b"(" + TUPLES + b"\x91.",
+        "ADDITEMS": b"\x8f(" + TUPLES + b"\x90.",
+        "passed on": b"}" + FROZEN + TUPLES + b"\x85RNs.",
+        "a type's name": word("numpy") + word("dtype") + b"\x93" + TUPLES + b"\x85R.",
+    }.values(),
+)
+def test_keys_that_take_for_ever_to_hash_are_refused(program, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04" + program)
+    assert "pickle of more than arrays" in refused("jax_flow", tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize("name", pickles.STAND_INS)
+def test_a_pickle_changes_nothing_of_what_reads_it(name, tmp_path):
+    """BUILD sets attributes: a function's defaults would be other ones for the whole process."""
+    state = b"N}" + word("__defaults__") + word("mine") + b"\x85s\x86"
+    program = word(name[0]) + word(name[1]) + b"\x93" + state + b"b."
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04" + program)
+    defaults = getattr(pickles.STAND_INS[name], "__defaults__", None)
+    assert "a change of what reads it" in refused("jax_flow", tmp_path / "a.pkl")
+    assert getattr(pickles.STAND_INS[name], "__defaults__", None) == defaults
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ anything, and a stand-in is not what it stands for.
 import mmap
 import pathlib
 import pickle
-import pickletools
-from typing import IO, Any, cast
+from typing import IO, Any, ClassVar, cast
 
 import ml_dtypes
 import numpy as np
@@ -37,7 +36,8 @@ class _Type:
 
     def __new__(cls, name: Any = None, *_: Any) -> "_Type":  # a pickle may leave __init__ out
         if not (isinstance(name, str) and name in DTYPES):
-            raise Refused(f"an array of type {str(name)[:40]!r}")
+            told = repr(name[:40]) if isinstance(name, str) else type(name).__name__
+            raise Refused(f"an array of type {told}")
         kind = super().__new__(cls)
         kind.dtype = DTYPES[name]
         return kind
@@ -100,8 +100,10 @@ def _jax_array(make: Any, _: Any, state: Any, *__: Any) -> np.ndarray:
     return array.value
 
 
-def _mapping(content: Any = ()) -> Any:
+def _mapping(content: Any = None) -> dict:
     """A FrozenDict's content, which is a dict already."""
+    if not isinstance(content, dict):
+        raise Refused("a FrozenDict of something else than a dict")
     return content
 
 
@@ -120,8 +122,17 @@ STAND_INS: dict[tuple[str, str], Any] = {
 }
 
 
-class _Reader(pickle.Unpickler):
-    """Finds stand-ins alone."""
+ORDINARY: Any = pickle._Unpickler.dispatch  # the number of an operation → what does it
+
+
+class _Reader(pickle._Unpickler):
+    """Finds stand-ins alone, fills those that hold something, and has words alone as keys.
+
+    Python's reader and not C's, as joblib has it: single operations of it can be narrowed, and it
+    allocates nothing for the numbers of slots and of bytes that a file merely states.
+    """
+
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         """A stand-in; every other name is refused."""
@@ -132,6 +143,49 @@ class _Reader(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         """Refused: it would be looked for elsewhere."""
         raise Refused("it asks for something outside the file")
+
+    def _build(self) -> None:
+        # Else a state would go into what is found by name: into a function's defaults, for one.
+        if type(self.stack[-2]) not in (_Type, _Array, _Bag):
+            raise Refused("it asks for a change of what reads it")
+        ORDINARY[pickle.BUILD[0]](self)
+
+    def _set(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        ORDINARY[pickle.SETITEM[0]](self)
+
+    def _set_all(self) -> None:
+        _check_keys(self.stack[::2])  # what follows the mark: keys and values by turns
+        ORDINARY[pickle.SETITEMS[0]](self)
+
+    def _dict(self) -> None:
+        _check_keys(self.stack[::2])
+        ORDINARY[pickle.DICT[0]](self)
+
+    def _none(self) -> None:
+        raise Refused("it holds a set, or an object of an old kind")
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **ORDINARY,
+        pickle.BUILD[0]: _build,
+        pickle.SETITEM[0]: _set,
+        pickle.SETITEMS[0]: _set_all,
+        pickle.DICT[0]: _dict,
+        pickle.EMPTY_SET[0]: _none,
+        pickle.FROZENSET[0]: _none,
+        pickle.ADDITEMS[0]: _none,
+        pickle.INST[0]: _none,
+        pickle.OBJ[0]: _none,
+    }
+
+
+def _check_keys(keys: list[Any]) -> None:
+    """Refuses keys that are no words: the hash of a tuple may take for ever.
+
+    350 bytes are enough for a tuple that twice holds a tuple that twice holds …
+    """
+    if not all(type(key) is str for key in keys):
+        raise Refused("it holds a dict whose keys are no words")
 
 
 def load(path: pathlib.Path) -> Any:
@@ -144,8 +198,7 @@ def load(path: pathlib.Path) -> Any:
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _check_memo(data)
-            return _plain(_Reader(data).load())
+            return _plain(_Reader(cast(IO[bytes], data)).load())
     except Refused as error:
         raise UserError(
             f"{path} is a pickle of more than arrays, {error}: reading it would run that, so it is "
@@ -155,14 +208,6 @@ def load(path: pathlib.Path) -> Any:
         raise UserError(
             f"{path} is no whole pickle ({type(error).__name__}: {error}): copy it again"
         ) from error
-
-
-def _check_memo(data: mmap.mmap) -> None:
-    """Refuses numbers of memory slots that a reader would allocate: 5 bytes can ask for 64 GB."""
-    for operation, argument, _ in pickletools.genops(cast(IO[bytes], data)):
-        if operation.name.endswith("PUT") and int(argument or 0) > MOST:
-            raise Refused("it asks for more memory than it fills")
-    data.seek(0)
 
 
 def _plain(value: Any, depth: int = 0, seen: list[int] | None = None) -> Any:
