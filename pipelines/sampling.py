@@ -6,7 +6,6 @@ most. Pictures are numbered so that more of them, by a greater --num, leave the 
 are: index k·L + j is the k-th picture of the j-th of L labels.
 """
 
-import itertools
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ MOST_BYTES = 4 << 30  # of samples that are held in memory
 MANY_STEPS = 32  # by default, of a flow and of the way that a video shows
 TOLERANCE = 1e-5
 OUT = "runs/samples"
-_LABELS = 1  # sets the random streams of one seed apart
+LABELS = 1  # sets the random stream of labels apart from others of one seed
 RANGES = {  # the least and the most an option may be
     "steps": (1, plan.MOST_STEPS),
     "num": (0, 1_000_000),
@@ -155,7 +154,7 @@ class Job(NamedTuple):
         label = self.words[place % len(self.words)]
         if label != RANDOM:
             return label
-        rng = np.random.default_rng((self.seed, _LABELS, self.options.first + place))
+        rng = np.random.default_rng((self.seed, LABELS, self.options.first + place))
         return int(rng.integers(max(len(self.names), 1)))
 
     def name_of(self, label: int) -> str:
@@ -205,7 +204,7 @@ def prepare(options: Sampling) -> Job:
     names = class_names(run.pipeline)
     words = find_labels(options.labels, names)
     sampler = _sampler(options, run.pipeline)
-    grid, steps = _grid(options), _steps(options, sampler, run.pipeline)
+    grid, steps = _grid(options, run.pipeline), _steps(options, sampler, run.pipeline)
     points = len(run.pipeline.shape) == 1
     _check_video(options, sampler, points)
     num = options.num or usual_num(options, points)
@@ -326,21 +325,19 @@ def _sampler(options: Sampling, pipeline: FlowPipeline) -> str:
     return sampler
 
 
-def _grid(options: Sampling) -> str | tuple[float, ...]:
+def _grid(options: Sampling, pipeline: FlowPipeline) -> str | tuple[float, ...]:
     """The name of a grid, or times."""
     if len(options.grid) == 1 and options.grid[0] in GRIDS:
         return options.grid[0]
     try:
         times = tuple(map(float, options.grid))
-    except ValueError:
-        times = ()
-    falls = all(t > r for t, r in itertools.pairwise(times))
-    if len(times) < 2 or not falls or times[0] != 1 or times[-1] != 0:
+        pipeline.times(len(times) - 1, times)
+    except (ValueError, UserError) as error:
         names = ", ".join(GRIDS)
         raise UserError(
             f"--grid={','.join(options.grid)}: one of {names}, or times that fall from 1 to 0, as "
             "1,0.6,0"
-        )
+        ) from error
     if options.steps not in ((), (len(times) - 1,)):
         raise UserError(f"--grid gives {len(times) - 1} steps by its times: leave --steps out")
     return times

@@ -570,6 +570,7 @@ MISTAKES: list[tuple[dict, str]] = [
     ({"grid": ("unifrom",)}, "--grid=unifrom: one of uniform, cosine"),
     ({"grid": ("1", "0.5")}, "times that fall from 1 to 0"),
     ({"grid": ("1", "nan", "0")}, "times that fall from 1 to 0"),
+    ({"grid": ("1", "0.50000001", "0.5", "0")}, "times that fall from 1 to 0"),  # in float32
     ({"grid": ("1", "0.5", "0"), "steps": (3,)}, "gives 2 steps by its times"),
     ({"checkpoint": "5"}, "has no checkpoint 5"),
     ({"ema": "0.5"}, "leave --ema out"),
