@@ -113,6 +113,7 @@ def load(options: Options) -> FlowPipeline:
     ema = run.average(options.ema)
     pipeline = run.load(step, ema)
     card = {**pipeline.card}
+    model_card.check(card)
     if not card.get("origin"):  # of imported weights nothing of the kind is known
         card.setdefault("ema", ema)
     card["licence"] = options.licence or card.get("licence") or ""
@@ -169,6 +170,8 @@ def write_diffusers(
             "diffusers has no class for this autoencoder (pooled blocks, TAEF2): the pipeline goes "
             "out without it and gives output_type='latent' alone"
         )
+    name = os.fspath(folder)
+    readme = model_card.text(config, card, library="diffusers", name=name)
     tensors = to_torch_names(jax.device_get(pipeline.params), transformer)
     _write_part(out / "transformer", transformer, tensors, dtype)
     if autoencoder is not None and known:
@@ -177,8 +180,7 @@ def write_diffusers(
     written = {**config.to_dict(), "autoencoder": ""}
     write_json(out / TRAINING / CONFIG, written)
     write_json(out / TRAINING / "card.json", card)
-    name = os.fspath(folder)
-    files.write(out / "README.md", model_card.text(config, card, library="diffusers", name=name))
+    files.write(out / "README.md", readme)
     vae = None if autoencoder is None or not known else type(_decoder(autoencoder)).__name__
     # Last: with it the folder is whole.
     write_json(out / INDEX, index(config, card, vae))

@@ -45,6 +45,49 @@ KEPT = (
     ),
     *("grid", "guidance_interval", "ema", "num_samples", "labels", "seed", "protocol", "reference"),
 )
+_Check = Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e40  # which NaN is not
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What a card's keys hold, of those that are stated here; none is a must.
+HELD: dict[str, _Check] = {
+    **dict.fromkeys(("licence", "origin", "ema", "dataset", "autoencoder"), _is_word),
+    **dict.fromkeys(("parameters", "train_steps", "train_images", "train_flops"), _is_number),
+    "trained_guidance": _is_number,
+    "class_names": lambda names: isinstance(names, list) and all(map(_is_word, names)),
+    "initialised_from": lambda card: (
+        isinstance(card, dict) and _is_number(card.get("train_steps", 0))
+    ),
+    "measured": lambda rows: isinstance(rows, list) and all(map(_is_row, rows)),
+}
+# What a row of `measured` holds; what is not named may be anything.
+ROW: dict[str, _Check] = {
+    **dict.fromkeys(("protocol", "reference", "deviation_of"), _is_word),
+    **dict.fromkeys(("deviation", "sampling_guidance", "num_samples"), _is_number),
+    "value": lambda value: _is_number(value) or value != value,  # of a run that diverged
+}
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and all(
+        row.get(key) is None or holds(row[key]) for key, holds in ROW.items()
+    )
+
+
+def check(card: dict[str, Any]) -> None:
+    """Raises UserError where a card, which may be a stranger's, holds what `text` cannot state."""
+    for key, holds in HELD.items():
+        if card.get(key) and not holds(card[key]):
+            raise UserError(f"card.json is none of this project: its {key} cannot be")
+
+
 QUICK = re.compile(r"(?P<metric>\w+)_quick_(?P<count>\d+)/(?P<steps>\d+)_steps?")
 
 
@@ -60,7 +103,10 @@ def text(
         are from; all may be missing.
       library: what opens the folder: this project, or PyTorch's diffusers.
       name: the folder as commands are to call it; a whole path is cut to its last part.
+    Raises:
+      UserError: the card holds something else.
     """
+    check(card)
     name = name.rstrip("/")
     name = os.path.basename(name) if os.path.isabs(name) or "://" in name else name
     sections = (
@@ -306,8 +352,8 @@ def _times(config: ConfigDict) -> str:
 
 
 def _guidance(config: ConfigDict, card: dict[str, Any]) -> str:
-    scale = card.get("trained_guidance", 1.0)
-    if scale == 1 or config.objective != "mean_flow":
+    scale = card.get("trained_guidance")
+    if scale in (None, 1) or config.objective != "mean_flow":
         return "none"
     m = config.mean_flow
     low, high = m.guidance_interval

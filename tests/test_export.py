@@ -230,7 +230,7 @@ def test_tensors_that_are_missing_or_left_over(written):
 
 
 def test_folders_of_something_else(written, tmp_path):
-    with pytest.raises(UserError, match=r"has no model_index\.json"):
+    with pytest.raises(UserError, match="nowhere is no run and no exported model"):
         read_diffusers(tmp_path / "nowhere")
     path = written / "transformer" / "config.json"
     config = json.loads(path.read_text())
@@ -317,6 +317,40 @@ def test_the_card_of_a_trained_network():
         *("--workdir=somewhere/digits --labels=-1 --steps=1", "None were measured."),
     ):
         assert words in text, words
+
+
+STRANGE = [
+    *({key: value} for key in ("licence", "origin", "ema") for value in (5, [1], {"a": 1})),
+    *({key: value} for key in ("parameters", "train_flops") for value in ("9", [9], {"a": 1})),
+    *({"train_images": value} for value in (float("inf"), float("nan"), 10**400, True)),
+    *({"train_steps": "5"}, {"trained_guidance": "w"}, {"dataset": ["digits"]}),
+    *({"class_names": names} for names in (5, "abc", [{}] * 10, {"0": "zero"})),
+    *({"initialised_from": start} for start in ("x", 7, ["x"], {"train_steps": "many"})),
+    *({"measured": rows} for rows in ("abc", 5, ["abc"], {"value": 1}, [[1.0]])),
+    *({"measured": [{"metric": "fid", "value": value}]} for value in ("low", [1], 10**400)),
+    *({"measured": [{"value": 1.0, "protocol": words}]} for words in (3, ["a"], {})),
+    *({"measured": [{"value": 1.0, key: "x"}]} for key in ("deviation", "num_samples")),
+    *({"measured": [{"value": 1.0, "sampling_guidance": [1]}]},),
+    *({"measured": [{"value": 1.0, "deviation_of": words} for words in ("a", 3)]},),
+]
+
+
+@pytest.mark.parametrize("library", ["jax", "diffusers"])
+def test_cards_of_strangers(tmp_path, library):
+    """Whatever a card holds, there is one line or a model card, and never half a folder."""
+    for strange in STRANGE:
+        (key,) = strange
+        card = small().card | strange
+        with pytest.raises(UserError, match=f"its {key} cannot be") as error:
+            model_card.text(small().config, card, library=library)
+        assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match=f"its {key} cannot be"):
+            write_diffusers(dataclasses.replace(small(), card=card), tmp_path)
+        assert list(tmp_path.iterdir()) == []
+    nothing = {key: None for strange in STRANGE for key in strange}
+    odd = {"measured": [{"metric": [1], "value": float("nan"), "steps": {}, "seed": "x", "run": 3}]}
+    for card in (nothing, odd, {"class_names": []}, {"measured": [{}]}):
+        assert front(model_card.text(small().config, small().card | card, library=library))
 
 
 def test_licences_and_places():
