@@ -12,10 +12,12 @@ import pickle
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -615,6 +617,50 @@ def test_a_pickle_changes_nothing_of_what_reads_it(name, tmp_path):
 def test_a_pickle_that_lies_about_sizes_is_refused(content, tmp_path):
     (tmp_path / "a.pkl").write_bytes(content)
     refused("jax_flow", tmp_path / "a.pkl")
+
+
+def test_arrays_of_the_same_bytes_are_not_copied(tmp_path):
+    """500 arrays of a megabyte in a file of one: computed with, they would fill the memory."""
+    data = bytes(2**20)
+    arrays = {f"a{i}": array_state(data, (2**19,), "f2") for i in range(500)}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model_eps": {"params": arrays}}))
+    tracemalloc.start()
+    told = refused("jax_flow", tmp_path / "a.pkl")
+    assert "says to hold 524,288,000 bytes" in told
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+# flax's form of an array, of a type that is no number.
+VOID = msgpack.ExtType(1, msgpack.packb(((2,), "V4", bytes(8))))
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({1: np.ones(2, "f4")}, "is no meanflow network"),
+        ({"ema_params": {1: np.ones(2, "f4")}}, "no tensors by name"),
+        ({"ema_params": {"net": {1: np.ones(2, "f4")}}}, "no tensors by name"),
+        ({"ema_params": {"a": VOID}}, "a is no tensor of floating-point"),
+        ({"ema_params": {"a": np.zeros(2, "i4")}}, "a is no tensor of floating-point"),
+        ({"ema_params": {"a": {"b": 1.5}}}, "a.b is no tensor of floating-point"),
+        (
+            {"ema_params": {"a.b": np.ones(2), "a": {"b": np.ones(2)}}},
+            "two tensors of the name a.b",
+        ),
+    ],
+)
+def test_what_is_no_tensor_by_name_is_told(state, words, tmp_path):
+    (tmp_path / "a").write_bytes(serialization.msgpack_serialize(state))
+    assert words in refused("meanflow", tmp_path / "a")
+
+
+def test_an_array_among_the_options_is_passed_over(tmp_path):
+    state = jax_flow_state(dict(tensors("jax_flow")), raw("jax_flow"))
+    state["config"] = ConfigDict({"t_conditioning": np.zeros(3)})
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(state))
+    folder.run(options("jax_flow", tmp_path / "a.pkl", tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_what_is_read_of_a_pickle_is_what_was_written(tmp_path):

@@ -120,8 +120,8 @@ def convert(
       tensors: floating-point arrays by their names, without the names of wrappers.
       timeless: their network is told time 0 always: jax-flow's `t_conditioning=0`.
     Raises:
-      ValueError: tensors are missing, unknown or misshapen; queries and keys are normed; positions
-        are others than ours.
+      ValueError: tensors are missing, unknown or misshapen, or hold what is not finite; queries and
+        keys are normed; positions are others than ours.
     """
     normed = [name for name in tensors if QK_NORM.search(name)]
     if normed:
@@ -132,6 +132,7 @@ def convert(
     compared.check(used, expected(style, s))
     if s.outputs not in (s.channels, 2 * s.channels):
         raise ValueError(f"the last layer has {s.outputs} channels for {s.channels}")
+    used = {name: _ready(name, value) for name, value in used.items()}
     if style.positions:
         _check_positions(used[style.positions], s)
     ours = _renamed(style, used, s)
@@ -267,6 +268,19 @@ def _head_shapes(ours: str, theirs: str, s: Sizes) -> dict[str, tuple[int, ...]]
 
 
 # Their values
+
+
+def _ready(name: str, value: np.ndarray) -> np.ndarray:
+    """A tensor's numbers as float32.
+
+    Raises:
+      ValueError: one of them is not finite.
+    """
+    with np.errstate(over="ignore"):  # of float64's, told below
+        value = np.asarray(value).astype(np.float32, copy=False)
+    if not np.isfinite(value).all():
+        raise ValueError(f"{name} holds numbers that are not finite")
+    return value
 
 
 def _check_positions(table: np.ndarray, s: Sizes) -> None:

@@ -1,10 +1,11 @@
-"""Checkpoint files of others → tensors by name, float32, without the names of what wraps them.
+"""Checkpoint files of others → tensors by name, without the names of what wraps them.
 
 `.safetensors`; PyTorch's `.pt`, `.pth`, `.bin` and `.ckpt`, of which tensors alone are read; what
 `flax.training.checkpoints` wrote, a msgpack file or an orbax folder; jax-flow's pickles.
 """
 
 import argparse
+import math
 import mmap
 import pathlib
 import pickle
@@ -13,6 +14,7 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import msgpack
 import numpy as np
 import safetensors.numpy
@@ -28,6 +30,8 @@ PLAIN = ("model", "params", "state_dict", "model_state_dict")
 WRAPPERS = ("params", "net", "state_dict", "module", "_orig_mod", "model")  # of a tree's content
 BESIDE = ("opt", "opt_state", "optimizer", "args", "step", "steps", "epoch", "config", "_timestamp")
 NO_EMA = "none"
+# Tensors' bytes to those of files: tensors may share some, and folders of orbax are compressed.
+SHARED, PACKED = 4, 100
 INDEX = (".safetensors.index.json", ".bin.index.json")
 
 Tensors = dict[str, np.ndarray]
@@ -37,9 +41,11 @@ class Checkpoint(NamedTuple):
     """What a file holds.
 
     Attributes:
-      tensors: float32 arrays by name.
+      tensors: arrays of floating-point numbers by name, of the file's types: of what a hostile file
+        says to be large, nothing is computed before names and shapes are compared.
       tree: the key of the tree they are from; "" where the file holds one alone.
-      config: what the file says beside them: jax-flow's config, the options of PyTorch's training.
+      config: what the file says beside them, numbers and words: jax-flow's config, the options of
+        PyTorch's training.
     """
 
     tensors: Tensors
@@ -69,12 +75,22 @@ def read(path: pathlib.Path, form: str, ema: str = "") -> Checkpoint:
         raise UserError(f"--checkpoint={path} is a folder: name the file in it")
     else:
         found = _torch(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no tensors by name: name a checkpoint")
-    tree, key = _tree(path, found, ema)
+    tree, key = _tree(path, _by_words(path, found), ema)
     config = found.get("args", found.get("config"))
-    tensors = _tensors(path, _unwrapped(tree))
-    return Checkpoint(tensors, key, config if isinstance(config, dict) else {})
+    told = config.items() if isinstance(config, dict) else ()
+    plain = {name: value for name, value in told if isinstance(value, bool | int | float | str)}
+    return Checkpoint(_tensors(path, _unwrapped(path, tree)), key, plain)
+
+
+def _by_words(path: pathlib.Path, tree: Any) -> dict[str, Any]:
+    """The tree itself.
+
+    Raises:
+      UserError: it is no dict, or one with other keys than words.
+    """
+    if not (isinstance(tree, dict) and all(isinstance(key, str) for key in tree)):
+        raise UserError(f"{path} holds no tensors by name: name a checkpoint")
+    return tree
 
 
 def _only_file(path: pathlib.Path) -> pathlib.Path:
@@ -101,9 +117,10 @@ def _tree(path: pathlib.Path, found: dict, ema: str) -> tuple[dict, str]:
     return found, ""
 
 
-def _unwrapped(tree: dict) -> dict:
+def _unwrapped(path: pathlib.Path, tree: dict) -> dict:
     """A tree without what only wraps it, as "module." and {"params": …} do."""
     while True:
+        _by_words(path, tree)
         names = {name.partition(".")[0] for name in tree} - set(BESIDE)
         if len(names) != 1 or not names <= set(WRAPPERS):
             return tree
@@ -117,21 +134,40 @@ def _unwrapped(tree: dict) -> dict:
 
 
 def _tensors(path: pathlib.Path, tree: dict) -> Tensors:
-    """The tree's arrays as float32, by dotted names."""
+    """The tree's arrays by dotted names."""
     try:
-        flat = flatten_dict(tree, sep=".")
+        flat = flatten_dict(tree)
     except (TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} holds no tensors by name: name a checkpoint") from error
-    tensors = {}
-    for name, value in flat.items():
-        if not hasattr(value, "dtype") or value.dtype.kind not in "fV":
-            raise UserError(f"{path}: {str(name)[:80]} is no tensor of floating-point numbers")
-        tensors[str(name)] = np.asarray(value).astype(np.float32, copy=False)
-        if not np.isfinite(tensors[name]).all():
-            raise UserError(f"{path}: {name} holds numbers that are not finite")
+    tensors: Tensors = {}
+    for keys, value in flat.items():
+        name = ".".join(map(str, keys))
+        if not (isinstance(value, np.ndarray) and _is_floating(value.dtype)):
+            raise UserError(f"{path}: {name[:80]} is no tensor of floating-point numbers")
+        if name in tensors:
+            raise UserError(f"{path} holds two tensors of the name {name[:80]}: it is damaged")
+        tensors[name] = value
     if not tensors:
         raise UserError(f"{path} holds no tensors: name a checkpoint")
+    _check_bytes(path, sum(value.nbytes for value in tensors.values()))
     return tensors
+
+
+def _is_floating(dtype: np.dtype) -> bool:
+    return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
+
+
+def _check_bytes(path: pathlib.Path, total: int) -> None:
+    """Raises UserError where a file says to hold far more numbers than it does.
+
+    The arrays of a few bytes may be views of the same ones, or repeat one number.
+    """
+    files = [path] if path.is_file() else [place for place in path.rglob("*") if place.is_file()]
+    most = (SHARED if path.is_file() else PACKED) * sum(file.stat().st_size for file in files)
+    if total > most:
+        raise UserError(
+            f"{path} is refused: it says to hold {total:,} bytes of numbers, and does not"
+        )
 
 
 def _safetensors(path: pathlib.Path) -> Tensors:
@@ -178,19 +214,35 @@ def _torch(path: pathlib.Path) -> Any:
     except Exception as error:  # a damaged file raises what it likes
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read ({reason}): copy it again") from error
-    return _numpy(found)
+    try:
+        return _numpy(found)
+    except pickles.Refused as error:
+        raise UserError(f"{path} is refused: {error}") from error
 
 
-def _numpy(value: Any) -> Any:
-    """Tensors as arrays, in dicts of dicts; what else there is stays."""
+def _numpy(value: Any, depth: int = 0, seen: list[int] | None = None) -> Any:
+    """Tensors as arrays, which share their memory, in dicts of dicts; what else there is stays."""
+    seen = [0] if seen is None else seen
+    seen[0] += 1
+    if depth > pickles.DEEPEST or seen[0] > pickles.MOST:  # it can twice hold what twice holds …
+        raise pickles.Refused("it holds itself, or too much")
     if isinstance(value, Mapping):
-        kept = {key: _numpy(item) for key, item in value.items() if key not in BESIDE}
+        kept = {k: _numpy(item, depth + 1, seen) for k, item in value.items() if k not in BESIDE}
         args = value.get("args")
         return kept | ({"args": vars(args)} if isinstance(args, argparse.Namespace) else {})
-    if hasattr(value, "detach"):
-        value = value.detach()
-        return (value.float() if value.is_floating_point() else value).numpy()
-    return value
+    return _array(value) if hasattr(value, "detach") else value
+
+
+def _array(tensor: Any) -> np.ndarray | None:
+    """A tensor's numbers where they lie; None for one that has none in rows: sparse, or meta."""
+    import torch
+
+    try:
+        if tensor.dtype == torch.bfloat16:  # which numpy has not
+            return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.detach().numpy()
+    except (TypeError, RuntimeError, NotImplementedError):
+        return None
 
 
 # Flax
@@ -264,6 +316,12 @@ def _orbax(path: pathlib.Path, ema: str) -> dict[str, Any]:
         tree = checkpointer.metadata(path.absolute()).item_metadata.tree
         keys = _wanted(list(tree), ema)
         item = {key: tree[key] for key in keys}
+        sizes = [
+            math.prod(leaf.shape) * np.dtype(leaf.dtype or np.float32).itemsize
+            for leaf in jax.tree.leaves(item)
+            if getattr(leaf, "shape", None) is not None
+        ]
+        _check_bytes(path, sum(sizes))
         restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         return checkpointer.restore(
             path.absolute(),

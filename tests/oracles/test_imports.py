@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipelines.flow import FlowPipeline
-from pipelines.imports import folder
+from pipelines.imports import folder, read
 from pipelines.imports.folder import Import
 from tests import import_case as case
 from tests.oracles import public_networks
@@ -185,3 +185,44 @@ def test_damaged_files_of_torch_are_refused(tmp_path):
         with pytest.raises(UserError, match=r"a\.pt cannot be read|a\.pt is refused"):
             folder.run(Import("sit", str(tmp_path / "a.pt"), str(tmp_path / "out"), num_heads=4))
     assert not (tmp_path / "out").exists()
+
+
+def laughs() -> dict:
+    """2^50 tensors in a few hundred bytes: a dict that twice holds a dict that twice holds …"""
+    value: dict = {"a": torch.ones(2)}
+    for _ in range(50):
+        value = {"a": value, "b": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"ema": {"a": torch.zeros(1).expand(1 << 35)}}, "says to hold 137,438,953,472 bytes"),
+        ({"a": torch.zeros(1, dtype=torch.bfloat16).expand(1 << 35)}, "says to hold"),
+        ({"a": torch.as_strided(torch.zeros(2), (1 << 18, 1 << 18), (0, 0))}, "says to hold"),
+        ({"ema": {"a": torch.ones(2).to_sparse()}}, "a is no tensor of floating-point"),
+        ({"ema": {"a": torch.ones(2, device="meta")}}, "a is no tensor of floating-point"),
+        ({"ema": {"a": torch.ones(2, dtype=torch.complex64)}}, "a is no tensor of floating-point"),
+        ({"ema": laughs()}, "it holds itself, or too much"),
+        ({"ema": {1: torch.ones(2)}}, "no tensors by name"),
+        ({("a", "b"): torch.ones(2)}, "no tensors by name"),
+        ([torch.ones(2)], "no tensors by name"),
+    ],
+)
+def test_wrong_tensors_of_torch_are_refused(content, words, tmp_path):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=words):
+        folder.run(Import("sit", str(tmp_path / "a.pt"), str(tmp_path / "out"), num_heads=4))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_types_of_torch_are_read(kind, tmp_path):
+    """Transposed ones among them, which lie in memory the other way."""
+    value = torch.arange(6.0).reshape(2, 3)
+    content = {"a": value.to(kind), "b": value.to(kind).T, "c": torch.nn.Parameter(value.to(kind))}
+    torch.save({"ema": content}, tmp_path / "a.pt")
+    found = read.read(tmp_path / "a.pt", "sit").tensors
+    for name, given in (("a", value), ("b", value.T), ("c", value)):
+        np.testing.assert_array_equal(found[name].astype(np.float32), given.numpy())
