@@ -2,7 +2,7 @@
 
 python train_flow.py --config=configs/mnist.py --data_dir=data/mnist.npz
 python train_meanflow.py --config=configs/mnist.py --data_dir=data/mnist.npz
-python train_meanflow.py --config=configs/mnist.py:small        # half an hour on two CPU cores
+python train_meanflow.py --config=configs/mnist.py:small --data_dir=data/mnist.npz  # half an hour
 """
 
 from ml_collections import ConfigDict

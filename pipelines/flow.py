@@ -48,7 +48,7 @@ class Draw(NamedTuple):
     calls: Array  # (n,) int32: network calls (NFE), a guided one counts two
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class FlowPipeline:
     """Samples from a trained velocity network.
 
@@ -184,6 +184,16 @@ class FlowPipeline:
         # The weights last and at once: with them it is whole.
         files.write(folder / WEIGHTS, safetensors.numpy.save(tensors))
 
+    def __repr__(self) -> str:
+        """A line: a network's numbers are many."""
+        words = f"{self.config.objective}, {'x'.join(map(str, self.shape))}"
+        return f"FlowPipeline({words}, {self.num_classes} classes, card={self.card})"
+
+    @property
+    def steps(self) -> int:
+        """The steps of a sampler where none are given: 1 for average velocities, else 32."""
+        return 1 if self.averages else 32
+
     @property
     def autoencoder(self) -> Autoencoder:
         """Latents ↔ pictures; its leaves are its parameters.
@@ -215,8 +225,8 @@ class FlowPipeline:
 
         Args and errors are those of `draw`; every process gets all samples.
         """
-        n = len(labels)
         samples, finite, _ = fetch(self.draw(labels, **options))
+        n = len(labels)
         check_finite(finite[:n])
         return samples[:, :n] if options.get("keep") else samples[:n]
 
@@ -224,7 +234,7 @@ class FlowPipeline:
         self,
         labels: np.ndarray,
         *,
-        steps: int = 1,
+        steps: int | None = None,
         sampler: str = "",
         grid: Grid = "uniform",
         guidance: float = 1.0,
@@ -240,7 +250,8 @@ class FlowPipeline:
 
         Args:
           labels: (n,) int32; num_classes for none.
-          steps: steps of the sampler from t = 1 to t = 0; dopri5 takes as many as it needs.
+          steps: steps of the sampler from t = 1 to t = 0; None: 1 for MeanFlow, 32 for flow
+            matching; dopri5 takes as many as it needs.
           sampler: of SAMPLERS or dopri5; empty: meanflow for a network of average velocities, else
             euler.
           grid: where the steps lie, a name of GRIDS; or their times, from 1 falling to 0.
@@ -257,12 +268,13 @@ class FlowPipeline:
             that do not fall from 1 to 0, noise of another shape, or guidance of a network without
             labels.
         """
+        steps = self.steps if steps is None else steps
         sampler = self.check(steps, sampler, [guidance])
         times = self.times(steps, grid)
         check_adaptive(sampler, grid, tolerance, keep)
+        self._check_labels(np.asarray(labels))
         n = len(labels)
         indices = np.arange(n) if indices is None else indices
-        self._check_labels(np.asarray(labels))
         check_numbers(n, np.asarray(indices), guidance, guidance_interval, seed)
         mesh = make_mesh()
         padding = -n % mesh.size
@@ -397,7 +409,7 @@ class FlowPipeline:
         if sampler == "meanflow" and not self.averages:
             raise UserError(
                 "sampler meanflow needs average velocities, which flow matching does not teach: "
-                "use euler, heun, euler_stochastic or dopri5"
+                "use euler, heun or euler_stochastic"
             )
         for scale in guidance:
             if scale != 1 and self.num_classes == 0:
@@ -462,8 +474,8 @@ def _apply(apply: Callable) -> Callable:
 
 def _padded(noise: np.ndarray, shape: tuple[int, ...], padding: int) -> np.ndarray:
     noise = np.asarray(noise, np.float32)
-    if noise.shape != shape:
-        raise UserError(f"noise has shape {noise.shape}: give {shape}")
+    if noise.shape != shape or not np.isfinite(noise).all():
+        raise UserError(f"noise of shape {noise.shape}: give finite numbers, {shape}")
     return np.pad(noise, [(0, padding), *[(0, 0)] * (noise.ndim - 1)])
 
 
@@ -613,13 +625,26 @@ def read_json(file: str | os.PathLike) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        folder, name = path.parent, path.name
-        raise UserError(f"{folder} is no run and no exported model: it has no {name}") from None
+        raise UserError(f"{path.parent} is no run and no exported model: {_why(path)}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): restore it or train again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: restore it or train again")
     return value
+
+
+def _why(path: epath.Path) -> str:
+    """Why there is no such file of a run, in words that help."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"it has no {path.name}" if folder.exists() else "there is no such folder"
+    if (folder / "model_index.json").exists():
+        return (
+            "it is a pipeline of diffusers; import_weights.py --format=diffusers "
+            f"--checkpoint={folder} --out=FOLDER makes it one"
+        )
+    inside = sorted(place.parent.name for place in folder.glob("*/config.json"))
+    return f"it has no {path.name}" + (f"; in it there are {', '.join(inside)}" if inside else "")
 
 
 def write_json(path: str | os.PathLike, value: dict) -> None:

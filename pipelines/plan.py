@@ -171,12 +171,13 @@ def check_words(plan: Plan) -> None:
     if ADAPTIVE in plan.sampler:
         raise UserError(
             f"--sampler={ADAPTIVE} has no step count: draw by sample.py --sampler={ADAPTIVE}, then "
-            "measure those pictures with --samples=FOLDER --reference=..."
+            "measure those pictures by --samples=FOLDER --reference=PICTURES --features=inception"
         )
     for name, words in known.items():
         for word in getattr(plan, name):
             if word not in words:
-                raise UserError(f"--{name}={word}: there are {', '.join(words)}")
+                own = "; times of one's own are for sample.py" if name == "grid" else ""
+                raise UserError(f"--{name}={word}: there are {', '.join(words)}{own}")
     _check_features(plan)
 
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from flows.samplers import grid_of
 from pipelines import groups, measure
 from pipelines.cells import Cells, Row, name_of
 from pipelines.flow import FlowPipeline, check_finite
@@ -159,7 +160,7 @@ def _section(cells: Cells, group: Group) -> Section:
     for cell in group.cells:
         name, found = cell_name(group, cell), cells.rows(cell_name(group, cell))
         # By the name that this table gives the run, which others beside it can lengthen; and by
-        # the grid asked for, since one step is the same on all.
+        # the grid asked for, since few steps may be the same on several.
         kept = [row for key in stick.keys for row in found[key]]
         rows[cell] = [row._replace(run=cell.run, grid=cell.grid) for row in kept]
         samples[cell] = cells.samples(name)
@@ -201,8 +202,8 @@ def cell_name(group: Group, cell: Cell) -> str:
     words = [run.path.name, f"at{cell.checkpoint}", cell.sampler, f"steps{cell.steps}"]
     words += [f"g{cell.guidance:g}"] if cell.guidance != 1 else []
     identity = cell._replace(run=run.identity(cell.checkpoint))._asdict()
-    if cell.grid == UNIFORM or cell.steps == 1:  # as cells were named before there were grids
-        del identity["grid"]
+    if np.array_equal(grid_of(cell.steps, cell.grid), grid_of(cell.steps, UNIFORM)):
+        del identity["grid"]  # as cells were named before there were grids
     else:
         words += [cell.grid]
     return name_of([*words, f"n{n}"], {**identity, "n": n, "labels": group.plan.labels})

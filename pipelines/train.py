@@ -96,7 +96,7 @@ def _train(
     pipeline.check(1, "", [config.sample.guidance])
     evaluate = Evaluate(pipeline, dataset, mesh)  # before anything is written: it may lack weights
     write_json(path / "config.json", config.to_dict())
-    write_json(path / "card.json", card)
+    write_json(path / "card.json", {k: v for k, v in card.items() if not k.startswith("train_")})
     check_shared(path)
     step = Ahead(make_step(config, network.apply, objective, codec.sample, mesh))
     # While checkpoints are read, parameters initialised and a cache filled; not before, since GPUs
@@ -104,7 +104,7 @@ def _train(
     if jax.process_index() == 0:
         print("compiling the step", file=sys.stderr)
     step.prepare(*abstract_arguments(config, dataset, network, mesh))
-    return fit(
+    state = fit(
         config,
         step,
         mesh=mesh,
@@ -115,6 +115,12 @@ def _train(
         preemption=preemption,
         workdir=path,
     )
+    write_json(path / "card.json", card | trained_card(config, card, int(state.step)))
+    if jax.process_index() == 0:
+        print(
+            f"{path} is trained; python sample.py --workdir={path} draws from it", file=sys.stderr
+        )
+    return state
 
 
 def abstract_arguments(

@@ -1,7 +1,7 @@
 """Draws what runs logged over their steps, side by side; and says when each reached a level.
 
   python scripts/curves.py --workdir=runs/mnist/flow_matching --workdir=runs/mnist/mean_flow
-  python scripts/curves.py --workdir=runs/a --workdir=runs/b --metrics=error,fid_quick \
+  python scripts/curves.py --workdir=runs/a --workdir=runs/b --metrics=error,fid_quick \\
       --levels=20,10,5 --out=runs/curves.png
 """
 

@@ -64,6 +64,12 @@ def fit(
     with Checkpoints(workdir, patience=3600 * config.save_patience, **keep) as checkpoints:
         state = start(config, init, mesh, checkpoints, begin)
         first = int(state.step) + 1
+        if first > 1 and jax.process_index() == 0:
+            done = first > config.max_steps
+            what = "nothing to do below a greater --max_steps" if done else "going on"
+            print(f"at step {first - 1:,} of {config.max_steps:,}: {what}", file=sys.stderr)
+        if first > config.max_steps:
+            return state
         data = batches(first - 1)
         with Logger(workdir, config, first - 1) as logger, Meter(config, first - 1) as meter:
             for number in range(first, config.max_steps + 1):
