@@ -25,11 +25,17 @@ WITHIN = 1e-4
 
 @pytest.fixture(scope="module", autouse=True)
 def code(tmp_path_factory):
-    """Where diffusers puts code that it runs: a folder of this process's own."""
+    """Where diffusers puts code that it runs: a folder of this process's own; one thread runs it.
+
+    These networks are so small that PyTorch's threads would mostly wait for one another.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         place = str(tmp_path_factory.mktemp("modules"))
         patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", place)
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
