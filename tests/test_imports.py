@@ -631,6 +631,15 @@ def test_arrays_of_the_same_bytes_are_not_copied(tmp_path):
     tracemalloc.stop()
 
 
+def test_a_folder_of_orbax_is_measured_before_it_is_read(tmp_path, monkeypatch):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        zeros = {"ema_params": {"a": np.zeros(2**21, np.float32)}}  # compressed to next to nothing
+        checkpointer.save(tmp_path / "checkpoint_7", zeros)
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "restore", None)
+    told = refused("meanflow", tmp_path / "checkpoint_7")
+    assert "says to hold 8,388,608 bytes" in told
+
+
 # flax's form of an array, of a type that is no number.
 VOID = msgpack.ExtType(1, msgpack.packb(((2,), "V4", bytes(8))))
 
