@@ -259,7 +259,7 @@ def _network(config: ConfigDict) -> str:
 
 
 def _use(config: ConfigDict, card: dict[str, Any], library: Library, name: str) -> str:
-    steps = 1 if config.objective == "mean_flow" else 50
+    steps = 1 if config.objective == "mean_flow" else 32
     if library == "jax":
         label = " --labels=-1" if card["num_classes"] else ""
         labels = f"np.full(16, {card['num_classes']})" if not card["num_classes"] else None

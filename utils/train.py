@@ -64,10 +64,7 @@ def fit(
     with Checkpoints(workdir, patience=3600 * config.save_patience, **keep) as checkpoints:
         state = start(config, init, mesh, checkpoints, begin)
         first = int(state.step) + 1
-        if first > 1 and jax.process_index() == 0:
-            done = first > config.max_steps
-            what = "nothing to do below a greater --max_steps" if done else "going on"
-            print(f"at step {first - 1:,} of {config.max_steps:,}: {what}", file=sys.stderr)
+        tell_start(first, config.max_steps)
         if first > config.max_steps:
             return state
         data = batches(first - 1)
@@ -93,6 +90,13 @@ def fit(
                 if stop and not last:
                     raise Preempted(number)
     return state
+
+
+def tell_start(first: int, last: int) -> None:
+    """Says where a run goes on, or that it is done."""
+    if first > 1 and jax.process_index() == 0:
+        what = "nothing to do below a greater --max_steps" if first > last else "going on"
+        print(f"at step {first - 1:,} of {last:,}: {what}", file=sys.stderr)
 
 
 def log(logger: Logger, number: int, meter: "Meter") -> None:

@@ -82,7 +82,7 @@ class FlowPipeline(DiffusionPipeline):
           class_labels: numbers, or names where the classes have them; one for all, or one for each,
             as a list, an array or a tensor. The number of classes stands for no label. None: drawn
             by the generator.
-          num_inference_steps: default 1 for MeanFlow, 50 for flow matching.
+          num_inference_steps: default 1 for MeanFlow, 32 for flow matching.
           guidance_scale: of classifier-free guidance, which doubles the network's work; 1: none.
           generator: of the noise, then of the labels; a list has one for all, or one for each.
           num_samples: how many pictures; default one for each label, or for each of `latents`.
@@ -219,7 +219,7 @@ class FlowPipeline(DiffusionPipeline):
             if not (falling and len(times) > 1 and times[0] == 1 and times[-1] == 0):
                 raise ValueError(f"timesteps={times}: times that fall from 1 to 0")
             return times
-        steps = (1 if self.config.objective == "mean_flow" else 50) if steps is None else steps
+        steps = (1 if self.config.objective == "mean_flow" else 32) if steps is None else steps
         if not isinstance(steps, int | np.integer) or steps < 1:
             raise ValueError(f"num_inference_steps={steps}: a whole number, at least 1")
         return (1 - np.linspace(0, 1, steps + 1)).astype(np.float32).tolist()
