@@ -10,6 +10,7 @@ import itertools
 import math
 import pathlib
 import sys
+import types
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -154,7 +155,7 @@ def folder(tmp_path_factory) -> Iterator[pathlib.Path]:
         patch.chdir(path)
         patch.setenv("HOME", str(path))
         patch.delenv("TFDS_DATA_DIR", raising=False)
-        patch.setattr(train, "fit", lambda *_, **__: None)
+        patch.setattr(train, "fit", lambda *_, **__: types.SimpleNamespace(step=0))
         patch.setattr(extractors, "_inception_file", absent)
         patch.setattr(extractors, "_hub_file", absent)
         patch.setattr(classifier, "extractor", absent)
