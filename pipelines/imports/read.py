@@ -208,9 +208,10 @@ def _torch(path: pathlib.Path) -> Any:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except pickle.UnpicklingError as error:
+        # torch's own words propose to read it all the same.
         named = re.search(r"unsupported global:? (\S+)", str(error), re.IGNORECASE)
-        what = f"it asks for {named[1][:100]}" if named else " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is refused, it holds more than tensors: {what}") from error
+        why = f"refused, it holds more than tensors: it asks for {named[1][:100]}" if named else ""
+        raise UserError(f"{path} is {why or 'no checkpoint of PyTorch: name one'}") from error
     except Exception as error:  # a damaged file raises what it likes
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read ({reason}): copy it again") from error
