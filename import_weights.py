@@ -10,7 +10,7 @@
 
 Then `FlowPipeline.from_pretrained("imported/sit").velocity(z, r, t, labels)` is the velocity in our
 convention (t = 0 data, t = 1 noise), and MeanFlow can start from it:
-`python train_meanflow.py --config.init_from=imported/sit …`. PyTorch's files need `pip install
+`python train_meanflow.py --init_from=imported/sit …`. PyTorch's files need `pip install
 torch`; .safetensors files do not. Files are read without running what they say. DiT's and SiT's
 tensors have the same names and shapes: only --format tells them apart.
 """
