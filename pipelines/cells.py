@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipelines.flow import write_json
+from pipelines.stored import write_json
 from utils import files
 from utils.cli import UserError
 

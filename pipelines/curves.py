@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pipelines.flow import read_json
+from pipelines.stored import read_json
 from utils import files
 from utils.cli import UserError
 from utils.figures import Curve, Panel, save_logs

@@ -33,8 +33,9 @@ from models.autoencoder_kl import AutoencoderKL
 from models.autoencoder_tiny import AutoencoderTiny
 from models.layers import TIME_INPUTS
 from pipelines import build, model_card, runs
-from pipelines.flow import NO_EMA, FlowPipeline, check_described, read_config, read_json, write_json
+from pipelines.flow import FlowPipeline
 from pipelines.pretrained import CONFIG, KL_SCALING, SAFETENSORS, Pretrained, load_autoencoder
+from pipelines.stored import NO_EMA, check_described, read_config, read_json, write_json
 from utils import files
 from utils.cli import UserError
 

@@ -6,7 +6,6 @@ the averaged parameters: a run's `checkpoints/`, or `model.safetensors` where it
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -15,28 +14,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from configs import base
 from flows.guidance import calls_at, guided_velocity, network_calls
 from flows.samplers import ADAPTIVE, GRIDS, SAMPLERS, dopri5, grid_of, integrate
 from models.autoencoder import Autoencoder, points
 from pipelines import build, model_card
 from pipelines.pretrained import copy_autoencoder
+from pipelines.stored import (
+    WEIGHTS,
+    check_described,
+    check_exported,
+    read_config,
+    read_json,
+    read_parameters,
+    read_weights,
+    saved_checkpoints,
+    trained_card,
+    write_json,
+)
 from utils import files
-from utils.checkpoint import Checkpoints
-from utils.cli import UserError, flatten
+from utils.cli import UserError
 from utils.sharding import batch_sharding, fetch, make_mesh, replicated
-from utils.sources import LARGEST
 from utils.step import SAMPLING, stream
 
-WEIGHTS = "model.safetensors"
 PATH = 1  # of a sample's key: what its way from noise to data draws
-NO_EMA = "none"  # asks for the parameters themselves, not for an average
 Grid = str | tuple[float, ...]  # a name of GRIDS, or the times
 
 
@@ -147,10 +152,10 @@ class FlowPipeline:
         abstract = jax.eval_shape(self.network.init, jax.random.key(0))
         if (folder / WEIGHTS).exists():
             check_exported(folder, self.card, step, ema)
-            return dataclasses.replace(self, params=_read_weights(folder / WEIGHTS, abstract))
+            return dataclasses.replace(self, params=read_weights(folder / WEIGHTS, abstract))
         with saved_checkpoints(folder) as checkpoints:
             at = checkpoints.steps[-1] if step is None else step
-            params = _read_parameters(checkpoints, self.config, abstract, at, ema)
+            params = read_parameters(checkpoints, self.config, abstract, at, ema)
         card = self.card | trained_card(self.config, self.card, at)
         return dataclasses.replace(self, params=params, card=card)
 
@@ -511,205 +516,3 @@ def check_finite(finite: np.ndarray) -> None:
             f"{ADAPTIVE} found no step small enough; take an earlier checkpoint or a greater "
             "tolerance, or compute in float32 (model.dtype in its config.json)"
         )
-
-
-def trained_card(config: ConfigDict, card: dict[str, Any], step: int) -> dict[str, Any]:
-    """How much training a checkpoint at `step` has seen."""
-    return {
-        "train_steps": step,
-        "train_images": step * config.batch_size,
-        "train_flops": step * card["flops_per_step"],
-        "trained_guidance": build.trained_guidance(config),
-    }
-
-
-def check_described(path: epath.Path, config: ConfigDict, card: dict[str, Any]) -> None:
-    """Looks at what a folder says of itself, before anything is built of it.
-
-    Raises:
-      UserError: values that no run of this project has.
-    """
-    shape, pictures = card["shape"], card.get("pictures")
-    counts = (card["num_classes"], card.get("train_steps") or 0, card.get("flops_per_step") or 0)
-    right = {
-        "shape": isinstance(shape, list)
-        and len(shape) in (1, 3)
-        and all(type(n) is int and 0 < n <= LARGEST for n in shape),
-        "num_classes": type(card["num_classes"]) is int and card["num_classes"] <= 10**6,
-        "counts": all(type(n) in (int, float) and 0 <= n < 1e40 for n in counts),
-        "pictures": pictures is None or _is_origin(pictures),
-        "words": all(isinstance(card.get(key) or "", str) for key in _WORDS),
-        "numbers": all(type(card.get(key) or 0) in (int, float) for key in _NUMBERS),
-        "class_names": _are_names(card.get("class_names") or [], card["num_classes"]),
-        "initialised_from": _is_start(card.get("initialised_from") or {}),
-    }
-    for what, holds in right.items():
-        if not holds:
-            raise UserError(f"{path / 'card.json'} is none of this project: its {what} cannot be")
-    try:
-        build.check_ranges(config)
-        build.check_patches(config, shape[0] if len(shape) == 3 else 0)
-    except UserError as error:
-        raise UserError(f"{path / 'config.json'} is none of this project: {error}") from error
-
-
-_WORDS = ("dataset", "autoencoder", "licence", "origin", "ema")
-_NUMBERS = ("parameters", "train_images", "train_flops", "trained_guidance")
-
-
-def _are_names(value: Any, count: int) -> bool:
-    """Whether a value names all classes, or none."""
-    return isinstance(value, list) and (
-        not value or (len(value) == count and all(isinstance(name, str) for name in value))
-    )
-
-
-def _is_start(value: Any) -> bool:
-    """Whether a value is what `pipelines.initial.begin` writes."""
-    return isinstance(value, dict) and all(
-        type(value.get(key, 0)) in (int, float) for key in ("train_steps", "train_flops")
-    )
-
-
-def _is_origin(value: Any) -> bool:
-    """Whether a value is what `utils.data.Dataset.origin` writes."""
-    if not (isinstance(value, dict) and isinstance(value.get("source"), dict)):
-        return False
-    source, skipped = value["source"], value.get("skipped")
-    return (
-        set(source) == {"source", "data_dir", "split"}
-        and all(isinstance(word, str) for word in (*source.values(), value.get("identity", "")))
-        and isinstance(skipped, list)
-        and all(type(n) is int and 0 <= n < 2**64 for n in skipped)
-        and all(type(value.get(key)) is int for key in ("image_size", "count"))
-        and 0 < value["image_size"] <= LARGEST
-    )
-
-
-def read_config(path: epath.Path) -> ConfigDict:
-    """Returns a run's config; keys younger than the run have their defaults.
-
-    Raises:
-      UserError: there is no such file, or it is no config of this project.
-    """
-    config = base.get_config()
-    try:
-        values = flatten(ConfigDict(read_json(path)))
-    except (
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RecursionError,
-    ) as error:  # of its keys
-        raise UserError(f"{path} is no config of this version ({error})") from error
-    if isinstance(values.get("model.remat"), bool):  # as it was until November 2026
-        values["model.remat"] = "full" if values["model.remat"] else "none"
-    unknown = sorted(values.keys() - flatten(config).keys())
-    if unknown:
-        raise UserError(f"{path} is no config of this version: it has no key {unknown[0]}")
-    try:
-        config.update_from_flattened_dict(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no config of this version ({error})") from error
-    return config
-
-
-def read_json(file: str | os.PathLike) -> dict[str, Any]:
-    """Returns what a run's JSON file holds.
-
-    Raises:
-      UserError: there is no such file, or it holds something else.
-    """
-    path = epath.Path(file)
-    try:
-        value = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path.parent} is no run and no exported model: {_why(path)}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it or train again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: restore it or train again")
-    return value
-
-
-def _why(path: epath.Path) -> str:
-    """Why there is no such file of a run, in words that help."""
-    folder = path.parent
-    if not folder.is_dir():
-        return f"it has no {path.name}" if folder.exists() else "there is no such folder"
-    if (folder / "model_index.json").exists():
-        return (
-            "it is a pipeline of diffusers; import_weights.py --format=diffusers "
-            f"--checkpoint={folder} --out=FOLDER makes it one"
-        )
-    inside = sorted(place.parent.name for place in folder.glob("*/config.json"))
-    return f"it has no {path.name}" + (f"; in it there are {', '.join(inside)}" if inside else "")
-
-
-def write_json(path: str | os.PathLike, value: dict) -> None:
-    """Writes JSON at once or not at all; process 0 only."""
-    if jax.process_index() == 0:
-        files.write(path, json.dumps(value, indent=2))
-
-
-def saved_checkpoints(path: epath.Path) -> Checkpoints:
-    """The checkpoints of a run, at least one.
-
-    Raises:
-      UserError: there is none.
-    """
-    if not (path / "checkpoints").is_dir():
-        raise UserError(f"{path} holds no checkpoint yet: train it first, or name another folder")
-    checkpoints = Checkpoints(path)
-    if checkpoints.latest is None:
-        raise UserError(f"{path} holds no checkpoint yet: train it until its first save")
-    return checkpoints
-
-
-def check_exported(path: epath.Path, card: dict[str, Any], step: int | None, ema: str) -> None:
-    """Raises UserError where an exported model is asked for a step or average it has not."""
-    if step not in (None, card.get("train_steps")) or ema:
-        raise UserError(
-            f"{path} was exported: it holds one step, {card.get('train_steps')}, and one average; "
-            "leave --checkpoint and --ema out, or name the run it was exported from"
-        )
-
-
-def _read_parameters(
-    checkpoints: Checkpoints, config: ConfigDict, abstract: Any, step: int, ema: str
-) -> Any:
-    """Averaged parameters, or the parameters themselves, on this process's devices."""
-    if step not in checkpoints.steps:
-        there = ", ".join(map(str, checkpoints.steps))
-        raise UserError(f"{checkpoints.path} has no step {step}: there are {there}")
-    here = replicated(make_mesh())
-    wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), abstract)
-    if ema == NO_EMA:
-        return checkpoints.restore({"train": {"params": wanted}}, step)["train"]["params"]
-    name = str(config.ema.decay)
-    if ema not in ("", name):
-        raise UserError(
-            f"{checkpoints.path} holds no average of decay {ema}: there are {name} and {NO_EMA}"
-        )
-    return checkpoints.restore({"ema": {name: wanted}}, step)["ema"][name]
-
-
-def _read_weights(path: epath.Path, abstract: Any) -> Any:
-    """The tensors of a safetensors file, as float32, in the shape of `abstract`."""
-    try:
-        bucket = files.in_bucket(path)
-        load = safetensors.numpy.load_file
-        flat = safetensors.numpy.load(path.read_bytes()) if bucket else load(path)
-    except Exception as error:  # the library raises its own kinds for a damaged file
-        raise UserError(f"{path} cannot be read ({error}): copy it again") from error
-    wanted = {k: v.shape for k, v in flatten_dict(abstract, sep=".").items()}
-    found = {k: v.shape for k, v in flat.items()}
-    wrong = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
-    if wrong:
-        name = wrong[0]
-        raise UserError(
-            f"{path} does not fit its config.json: {len(wrong)} tensors differ, first {name}: "
-            f"the network has {wanted.get(name)}, the file {found.get(name)}"
-        )
-    return unflatten_dict({k: jnp.asarray(v, jnp.float32) for k, v in flat.items()}, sep=".")

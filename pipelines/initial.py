@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 
 from models.layers import sinusoids
 from pipelines import build
-from pipelines.flow import FlowPipeline, read_json
+from pipelines.flow import FlowPipeline
+from pipelines.stored import read_json
 from utils.cli import UserError
 from utils.sharding import gathered
 

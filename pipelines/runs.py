@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from etils import epath
 
-from pipelines.flow import NO_EMA, WEIGHTS, FlowPipeline, saved_checkpoints
+from pipelines.flow import FlowPipeline
+from pipelines.stored import NO_EMA, WEIGHTS, saved_checkpoints
 from utils import files
 from utils.cli import UserError, flatten
 

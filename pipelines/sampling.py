@@ -16,8 +16,9 @@ import numpy as np
 
 from flows.samplers import ADAPTIVE, GRIDS
 from pipelines import plan
-from pipelines.flow import WEIGHTS, FlowPipeline, check_finite
+from pipelines.flow import FlowPipeline, check_finite
 from pipelines.runs import Run, load_runs
+from pipelines.stored import WEIGHTS
 from utils import animation, classes, files
 from utils.cli import UserError, printable
 from utils.log import progress

@@ -21,9 +21,10 @@ from flows.consistency import self_consistency
 from flows.path import interpolate
 from models.autoencoder import Autoencoder
 from pipelines import build, initial
-from pipelines.flow import FlowPipeline, read_config, read_json, trained_card, write_json
+from pipelines.flow import FlowPipeline
 from pipelines.quick import QuickDistance
 from pipelines.runs import FREE
+from pipelines.stored import read_config, read_json, trained_card, write_json
 from utils import data, files, flops
 from utils.cli import UserError, absolute, flatten
 from utils.compilation import Ahead

@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
-from pipelines.flow import NO_EMA, FlowPipeline
+from pipelines.flow import FlowPipeline
+from pipelines.stored import NO_EMA
 from tests.programs import LOST_AFTER, ROOT, Program, free_port, own_lines
 from tests.small import write_pictures
 from utils import hosts
