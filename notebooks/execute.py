@@ -22,18 +22,19 @@ UNSET = ("XLA_FLAGS", "PJRT_NPROC", "MPLBACKEND")
 LONGEST = 280  # seconds of a cell
 
 
-def execute(path: Path, folder: Path = ROOT) -> NotebookNode:
+def execute(path: Path, folder: Path = ROOT, xla_flags: str = "") -> NotebookNode:
     """Runs all cells of `path` in a fresh kernel, on CPU; the file stays as it is.
 
     Args:
       folder: where the kernel starts.
+      xla_flags: of the kernel's compiler.
     Returns:
       The notebook with its outputs, cleaned.
     Raises:
       nbclient.exceptions.CellExecutionError: a cell raised; the message holds its source.
     """
     notebook = nbformat.read(path, as_version=4)
-    with environment():
+    with environment(xla_flags):
         client = nbclient.NotebookClient(
             notebook, timeout=LONGEST, kernel_name="python3", resources=_at(folder)
         )
@@ -82,12 +83,12 @@ def _small(png: str) -> str:
 
 
 @contextmanager
-def environment() -> Iterator[None]:
+def environment(xla_flags: str = "") -> Iterator[None]:
     """The environment that the kernel is to inherit."""
     before = dict(os.environ)
     for name in UNSET:
         os.environ.pop(name, None)
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
     try:
         yield
     finally:

@@ -58,7 +58,9 @@ def check_figures(name: str, notebook: NotebookNode) -> None:
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_notebook_runs_and_gives_what_is_stored(name):
     before = stored(name)
-    after = execute(ROOT / "notebooks" / f"{name}.ipynb", FOLDERS[name])
+    # Sampling compiles more than it computes; training does not.
+    flags = "--xla_backend_optimization_level=0" if name == "sample" else ""
+    after = execute(ROOT / "notebooks" / f"{name}.ipynb", FOLDERS[name], flags)
     check_figures(name, after)
     assert [shapes(c) for c in code_cells(after)] == [shapes(c) for c in code_cells(before)]
 
