@@ -155,7 +155,7 @@ def test_another_decoder_is_an_argument_and_not_a_constant(place):
     pictures = pipeline(labels)
     compiled = pipeline.sampler._cache_size()
     doubled = jax.tree.map(lambda a: 2 * a, pipeline.autoencoder)
-    other = dataclasses.replace(pipeline, autoencoder=doubled)(labels)
+    other = dataclasses.replace(pipeline, loaded=doubled)(labels)
     assert pipeline.sampler._cache_size() == compiled
     assert np.abs(pictures.astype(int) - other).mean() > 1
 

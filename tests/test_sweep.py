@@ -573,16 +573,16 @@ def test_pictures_are_kept_where_that_is_asked(tmp_path, cache, real):
         np.testing.assert_array_equal(arrays["arr_0"][7, ..., :1], drawn)
 
 
-def test_grids_of_times_are_lines_of_the_table_and_one_step_is_drawn_once(real, cache, tmp_path):
+def test_grids_of_times_are_lines_of_the_table_and_equal_ones_are_drawn_once(real, cache, tmp_path):
     run = Fake(real)
-    plan = PLAN._replace(steps=(1, 2), grid=("uniform", "cosine"), metrics=("fid",))
+    plan = PLAN._replace(steps=(2, 3), grid=("uniform", "cosine"), metrics=("fid",))
     table = evaluate({"run": run}, plan, tmp_path, cache)
     assert "| uniform |" in table and "| cosine |" in table
     found = rows_of(tmp_path)
-    assert len(pick(found, metric="fd_classifier", grid="cosine", steps=2)) == 1
-    one = [pick(found, metric="fd_classifier", grid=name, steps=1) for name in plan.grid]
+    assert len(pick(found, metric="fd_classifier", grid="cosine", steps=3)) == 1
+    one = [pick(found, metric="fd_classifier", grid=name, steps=2) for name in plan.grid]
     assert len(one[0]) == 1 and one[0] == one[1]
     measured = [steps for steps, *_ in run.calls if steps]
     again = Fake(real)
     evaluate({"run": again}, plan, tmp_path, cache)
-    assert not again.calls and measured.count(1) < measured.count(2)
+    assert not again.calls and measured.count(2) < measured.count(3)

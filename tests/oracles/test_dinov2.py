@@ -1,5 +1,7 @@
 """Our DINOv2 against torch: `make oracles` runs this, plain pytest does not."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -45,7 +47,10 @@ def test_features_equal_torch(width, depth, side, gated) -> None:
         assert_close(ours(renamed, x), expected)
 
 
-@pytest.mark.parametrize(("width", "depth"), [(768, 12), (1024, 24)])
+WHOLE = [(768, 12), (1024, 24)] if os.environ.get("THOROUGH") else [(768, 12)]
+
+
+@pytest.mark.parametrize(("width", "depth"), WHOLE)
 def test_whole_networks_equal_torch(width, depth) -> None:
     tensors = oracle.random_tensors(width, depth)
     x = inputs()
