@@ -29,6 +29,9 @@ import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+# What takes minutes, and says more of what a shorter test says too, runs where this is set.
+THOROUGH = bool(os.environ.get("THOROUGH"))
+thorough = pytest.mark.skipif(not THOROUGH, reason="THOROUGH=1 make test runs it: it takes long")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -18,6 +18,7 @@ from benchmarks import profiling, timing
 from configs import imagenet256
 from pipelines import build
 from pipelines.train import step_flops
+from tests.conftest import thorough
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ("--model.depth=1", "--model.hidden_size=24", "--image_size=64")
@@ -62,6 +63,7 @@ def ran() -> tuple[list[dict], list[list[str]], str]:
     return results("train_step", "--batch_size=8", *options, "--profile")
 
 
+@thorough
 def test_what_runs_has_columns_counts_speed_and_a_trace():
     """One test, as processes that test at the same time would each run it."""
     columns_are_those_that_readers_of_the_files_count_on()

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.conftest import THOROUGH
 from tests.forked import Commands, Done
 from tests.test_checkpoint import needs_small_disks
 from utils.checkpoint import Checkpoints, check
@@ -26,7 +27,7 @@ WORDS = [
     *(f"--max_steps={STEPS}", f"--save_interval={INTERVAL}", "--log_interval=1"),
     *("--eval_interval=100000", "--sample.steps=(1,)", "--sample.num=4"),
 ]
-KILLS = 20 if os.environ.get("THOROUGH") else 6
+KILLS = 20 if THOROUGH else 4
 
 
 @pytest.fixture(scope="module")

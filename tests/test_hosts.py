@@ -16,6 +16,7 @@ import pytest
 
 from pipelines.flow import FlowPipeline
 from pipelines.stored import NO_EMA
+from tests.conftest import THOROUGH
 from tests.programs import LOST_AFTER, ROOT, Program, free_port, own_lines
 from tests.small import write_pictures
 from utils import hosts
@@ -183,20 +184,22 @@ def test_two_processes_are_killed_and_go_on_as_one_and_as_two(tmp_path):
         assert program.ends(0, LOST_AFTER + 20) == hosts.LOST, program.told()
         print(f"the other ended {time.monotonic() - start:.1f} s after the SIGKILL")
         assert "another host stopped or was lost" in own_lines(program.stderr(0))[-1]
-    with train(torn, "both_killed", 2) as program:
-        new_save(torn, program)
-        kill(program, 0)
-        kill(program, 1)
+    if THOROUGH:
+        with train(torn, "both_killed", 2) as program:
+            new_save(torn, program)
+            kill(program, 0)
+            kill(program, 1)
     steps = saved(torn)
-    assert len(steps) >= 2
+    assert len(steps) >= 1 + THOROUGH
     for step in steps:  # bit for bit, as the number of processes was the same all along
         assert checksums(torn, step) == checksums(whole, step)
 
-    with train(torn, "alone", 1) as program:
-        new_line(torn, program)
-        program.processes[0].send_signal(signal.SIGTERM)
-        assert program.ends(0) == hosts.PREEMPTED, program.told()
-        assert f"saved at step {saved(torn)[-1]} after SIGTERM" in program.stderr(0)
+    if THOROUGH:
+        with train(torn, "alone", 1) as program:
+            new_line(torn, program)
+            program.processes[0].send_signal(signal.SIGTERM)
+            assert program.ends(0) == hosts.PREEMPTED, program.told()
+            assert f"saved at step {saved(torn)[-1]} after SIGTERM" in program.stderr(0)
     with train(torn, "told", 2) as program:
         new_line(torn, program)
         program.processes[1].send_signal(signal.SIGTERM)

@@ -17,6 +17,7 @@ from pipelines.flow import FlowPipeline
 from pipelines.plan import Plan
 from pipelines.pretrained import load_autoencoder
 from pipelines.train import train
+from tests.conftest import thorough
 from tests.small import write_autoencoder, write_pictures
 from utils import data, feed, shards
 from utils.cli import UserError
@@ -126,6 +127,7 @@ def test_pictures_are_split_as_their_latents(place):
             np.testing.assert_array_equal(data.arrays(other)["x"], data.arrays(here)["x"])
 
 
+@thorough
 def test_a_run_on_prepared_pictures_shares_a_table_with_one_on_latents(place):
     config = small_config(place / "pixels", use_stable_vae=0)
     train(config, str(place / "on_pixels"), build.flow_objective)

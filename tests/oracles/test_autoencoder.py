@@ -13,6 +13,7 @@ import torch
 from flax.traverse_util import unflatten_dict
 
 from pipelines.pretrained import Pretrained, load_autoencoder
+from tests.conftest import THOROUGH, thorough
 from tests.oracles import torch_models as oracle
 
 SIZES = [(64, 64), (64, 96)]
@@ -105,7 +106,7 @@ def test_the_stable_diffusion_vae(sd_vae, sd_folder, sd_loaded):
     assert_equal(sd_loaded, sd_vae)
 
 
-@pytest.mark.parametrize("convolutions", [False, True])
+@pytest.mark.parametrize("convolutions", [False, True] if THOROUGH else [True])
 def test_a_file_with_old_names(convolutions, sd_vae, sd_folder, sd_loaded, tmp_path):
     state = old_attention(oracle.numpy_state(sd_vae), convolutions)
     safetensors.numpy.save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
@@ -117,6 +118,7 @@ def test_a_file_with_old_names(convolutions, sd_vae, sd_folder, sd_loaded, tmp_p
     assert_equal(loaded, sd_vae, SIZES[:1])
 
 
+@thorough
 def test_a_flax_file(sd_vae, sd_folder, sd_loaded, tmp_path):
     tree = flax_tree(oracle.numpy_state(sd_vae))
     path = tmp_path / "diffusion_flax_model.msgpack"
@@ -128,6 +130,7 @@ def test_a_flax_file(sd_vae, sd_folder, sd_loaded, tmp_path):
     assert_equal(loaded, sd_vae, SIZES[:1])
 
 
+@thorough
 def test_a_bfloat16_file(sd_vae, sd_loaded, tmp_path):
     """Against torch with the same rounded weights, computing in float32."""
     rounded = oracle.kl(oracle.SD_VAE).bfloat16()
@@ -137,6 +140,7 @@ def test_a_bfloat16_file(sd_vae, sd_loaded, tmp_path):
     assert_equal(loaded, rounded.float(), SIZES[:1])
 
 
+@thorough
 def test_computing_in_bfloat16(sd_vae, sd_folder):
     """Within a few parts in a hundred of float32, as torch's own bfloat16 is."""
     loaded = load_autoencoder(str(sd_folder), dtype="bfloat16")

@@ -1,7 +1,5 @@
 """Our DINOv2 against torch: `make oracles` runs this, plain pytest does not."""
 
-import os
-
 import jax
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ import torch
 
 from models import dinov2
 from tests import dinov2_names
+from tests.conftest import THOROUGH
 from tests.oracles import torch_dinov2 as oracle
 
 
@@ -47,7 +46,7 @@ def test_features_equal_torch(width, depth, side, gated) -> None:
         assert_close(ours(renamed, x), expected)
 
 
-WHOLE = [(768, 12), (1024, 24)] if os.environ.get("THOROUGH") else [(768, 12)]
+WHOLE = [(768, 12), (1024, 24)] if THOROUGH else [(768, 12)]
 
 
 @pytest.mark.parametrize(("width", "depth"), WHOLE)

@@ -1,7 +1,6 @@
 """Our Inception, its protocols and the converter against torch: `make oracles` runs this."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -14,10 +13,8 @@ import torch
 from models import inception, resize
 from pipelines import extractors
 from tests import inception_case as case
-from tests.conftest import ROOT
+from tests.conftest import ROOT, THOROUGH
 from tests.oracles import torch_inception as oracle
-
-THOROUGH = bool(os.environ.get("THOROUGH"))
 
 
 @pytest.fixture(scope="module")
