@@ -20,7 +20,7 @@ from tests.test_checkpoint import needs_small_disks
 from utils.checkpoint import Checkpoints, check
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS, INTERVAL = 600, 10
+STEPS, INTERVAL = (600 if THOROUGH else 240), 10
 WORDS = [
     *("train_meanflow.py", "--config=configs/toy.py:two_moons", "--batch_size=64"),
     *("--model.hidden_size=64", "--model.depth=2", "--optimizer.warmup_steps=0"),
