@@ -106,7 +106,7 @@ def load(options: Options) -> FlowPipeline:
     if not options.workdir or not options.out:
         raise UserError("which run, and where to? --workdir=runs/... --out=FOLDER")
     files.check_local(out=options.out, autoencoder=options.autoencoder, results=options.results)
-    check_empty(options.out)
+    files.check_empty(options.out)
     ((_, run),) = runs.load_runs([options.workdir], options.autoencoder).items()
     if options.checkpoint == runs.ALL:
         raise UserError("--checkpoint=all: one goes out; give latest, best or its step")
@@ -133,13 +133,6 @@ def load(options: Options) -> FlowPipeline:
 # Out
 
 
-def check_empty(folder: str | os.PathLike) -> None:
-    """Raises UserError where files of a folder, a run's config.json say, would be replaced."""
-    out = files.place(folder)
-    if files.names(out) or (out.exists() and not out.is_dir()):
-        raise UserError(f"{os.fspath(folder)} holds files already: name a new folder")
-
-
 def write(options: Options) -> None:
     """Writes the folder of `FlowPipeline.save_pretrained`, with its model card.
 
@@ -159,7 +152,7 @@ def write_diffusers(
     Raises:
       UserError: the folder holds files, or the network is none that diffusers can be given.
     """
-    check_empty(folder)
+    files.check_empty(folder)
     out = files.place(folder)
     config, card, warnings = pipeline.config, dict(pipeline.card), []
     transformer = torch_config(config, card)

@@ -26,6 +26,8 @@ RANGES = {  # the least and the most an option may be
     "image_size": (0, LARGEST),
 }
 
+LABELS = 1  # sets the random stream of labels apart from others of one seed
+
 Interval = tuple[float, float]
 
 

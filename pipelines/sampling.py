@@ -31,7 +31,6 @@ MOST_BYTES = 4 << 30  # of samples that are held in memory
 MANY_STEPS = 32  # by default, of a flow and of the way that a video shows
 TOLERANCE = 1e-5
 OUT = "runs/samples"
-LABELS = 1  # sets the random stream of labels apart from others of one seed
 RANGES = {  # the least and the most an option may be
     "steps": (1, plan.MOST_STEPS),
     "num": (0, 1_000_000),
@@ -155,7 +154,7 @@ class Job(NamedTuple):
         label = self.words[place % len(self.words)]
         if label != RANDOM:
             return label
-        rng = np.random.default_rng((self.seed, LABELS, self.options.first + place))
+        rng = np.random.default_rng((self.seed, plan.LABELS, self.options.first + place))
         return int(rng.integers(max(len(self.names), 1)))
 
     def name_of(self, label: int) -> str:

@@ -22,7 +22,7 @@ from pipelines.cells import Cells, Row, name_of
 from pipelines.flow import FlowPipeline, check_finite
 from pipelines.jobs import Job, work_off
 from pipelines.measure import Batch
-from pipelines.plan import POINTS, Interval, Plan, checked, intervals
+from pipelines.plan import LABELS, POINTS, Interval, Plan, checked, intervals
 from pipelines.runs import Run, load_runs
 from pipelines.yardsticks import Yardstick
 from utils.claims import Claims
@@ -32,7 +32,6 @@ from utils.sharding import fetch
 
 COLUMNS = 10  # of a grid of samples
 UNIFORM = "uniform"  # the grid of times that there always was
-_LABELS = 1  # sets the random streams of one seed apart
 
 
 class Cell(NamedTuple):
@@ -302,7 +301,7 @@ def draw_labels(seed: int, n: int, num_classes: int, law: str = "random") -> np.
     """
     if law == "balanced":
         return (np.arange(n) % max(num_classes, 1)).astype(np.int32)
-    rng = np.random.default_rng((seed, _LABELS))
+    rng = np.random.default_rng((seed, LABELS))
     return rng.integers(max(num_classes, 1), size=n, dtype=np.int32)
 
 

@@ -60,6 +60,18 @@ def check_local(**paths: str) -> None:
             )
 
 
+def check_empty(folder: str | os.PathLike, called: str = "") -> None:
+    """Raises UserError where files of a folder, a run's config.json say, would be replaced.
+
+    Args:
+      called: what the error calls it; empty: its path.
+    """
+    path = place(folder)
+    if names(path) or (path.exists() and not path.is_dir()):
+        told = called or os.fspath(folder)
+        raise UserError(f"{told} holds files already: name a new folder")
+
+
 def reach(path: epath.Path) -> None:
     """Raises UserError where a bucket does not answer, or not this account."""
     if in_bucket(path):

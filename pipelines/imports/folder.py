@@ -212,9 +212,7 @@ def check(options: Import) -> None:
             raise UserError(f"--{name}={value}: from {least} to {most}")
     if not 0 <= options.guidance <= 1000:
         raise UserError(f"--guidance={options.guidance}: from 0 to 1000, 1 for none, 0 if unknown")
-    out = files.place(options.out)
-    if files.names(out) or (out.exists() and not out.is_dir()):  # its config would be replaced
-        raise UserError(f"--out={options.out} holds files already: name a new folder")
+    files.check_empty(options.out, f"--out={options.out}")
 
 
 def mismatch(options: Import, given: convert.Tensors, error: ValueError) -> str:
