@@ -233,6 +233,14 @@ class Checkpoints:
             "if it is damaged, move that folder away to go back to the checkpoint before it"
         )
 
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays of a step; empty where that is lost."""
+        try:
+            stored = self._orbax.checkpointables_metadata(step).custom_metadata
+        except Exception:  # orbax raises many kinds for a damaged folder
+            return {}
+        return stored if isinstance(stored, dict) else {}
+
     def restore_newest(self, parts: dict[str, Any]) -> dict[str, Any]:
         """`restore` of the newest checkpoint that is whole; newer ones are moved to `damaged`.
 
