@@ -18,10 +18,10 @@ cli.define_flags(hosts.Hosts)
 def main(_) -> None:
     """Config → objective → fit."""
     hosts.join(cli.read_flags(hosts.Hosts), saves=True)
-    from pipelines import build
+    from pipelines import objectives
     from pipelines.train import train
 
-    train(CONFIG.value, WORKDIR.value, build.flow_objective)
+    train(CONFIG.value, WORKDIR.value, objectives.flow_objective)
 
 
 if __name__ == "__main__":

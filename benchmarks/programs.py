@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from models import autoencoder as autoencoders
 from models.autoencoder_kl import AutoencoderKL
 from models.dit import SIZES
-from pipelines import build
+from pipelines import build, objectives
 from pipelines.pretrained import KL_SCALING
 from pipelines.train import step_flops
 from utils import flops
@@ -30,7 +30,10 @@ from utils.sharding import abstract_state, batch_sharding, born_sharded, replica
 from utils.step import TrainState, init_state, make_step
 
 SD_VAE = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
-OBJECTIVES = {"flow_matching": build.flow_objective, "mean_flow": build.mean_flow_objective}
+OBJECTIVES = {
+    "flow_matching": objectives.flow_objective,
+    "mean_flow": objectives.mean_flow_objective,
+}
 CLASSES = {"imagenet256": 1000, "celebahq256": 0}  # whose pictures are as large as the config says
 EMBEDDED = {"digits": ((8, 8, 1), 10), "mnist": ((28, 28, 1), 10)}
 CONFIG = "configs/imagenet256.py:meanflow_b4"  # where none is given
@@ -184,7 +187,7 @@ def step(config: ConfigDict, objective: str, mesh: Mesh, platform: str = "") -> 
     if local * mesh.size * config.accumulation != config.batch_size:
         raise UserError(f"batch_size={config.batch_size} does not split over {mesh.size} devices")
     made = OBJECTIVES[objective](config, classes, local=local)
-    made = build.with_forward(made, network)
+    made = objectives.with_forward(made, network)
     state = abstract_state(lambda: init_state(config, network.init), mesh)
     return Program(
         make_step(config, network.apply, made, codec(config).sample, mesh),
@@ -235,7 +238,8 @@ def attention_names(config: ConfigDict) -> tuple[str, str]:
     """`build.attention_names`, here."""
     shape = seen(config)
     sizes = build.dit_sizes(config.model, shape)
-    return build.attention_names(config.model, sizes, shape, build.this_platform())
+    classes = stored(config)[1]
+    return build.attention_names(config.model, sizes, shape, classes, build.this_platform())
 
 
 def size_name(config: ConfigDict) -> str:

@@ -32,22 +32,16 @@ def get_config() -> ConfigDict:
             "eval_interval": 10_000,  # steps; sample grids and self-consistency
             **_keeping(),
             "deterministic": False,  # bit for bit on GPUs too, slower; on CPU and TPU always
-            "objective": "",  # set by the training script
+            # What is learnt, a section below: train_flow.py has flow_matching, train_meanflow.py
+            # mean_flow, improved_mean_flow, alpha_flow, shortcut and consistency. "": the first.
+            "objective": "",
             # A run or an exported model to begin with its parameters; more time inputs than it has
             # start without an effect, so that at r = t the network is the same.
             "init_from": "",
             "model": _model(),
-            **_objectives(),
-            "optimizer": {
-                "lr": 1e-4,
-                "beta1": 0.9,
-                "beta2": 0.95,
-                "weight_decay": 0.0,
-                "warmup_steps": 0,
-                "schedule": "constant",  # or cosine, to 0 at max_steps
-                "clip_norm": 0.0,  # global gradient norm; 0: no clipping
-            },
-            "ema": {"decay": 0.9999, "start_step": 0},
+            **objectives(),
+            "optimizer": _optimizer(),
+            "ema": _averages(),
             "mesh": {"data": -1, "fsdp": 1},  # devices per axis; -1: all the rest
             # Pictures drawn during training.
             "sample": {"steps": (1, 32), "num": 64, "guidance": 1.0},
@@ -82,10 +76,41 @@ def _keeping() -> dict:
     }
 
 
+def _optimizer() -> dict:
+    """How parameters are updated."""
+    return {
+        "name": "adamw",  # adamw, adamw8bit (moments in 8 bits) or muon
+        "lr": 1e-4,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "weight_decay": 0.0,
+        "moments": "float32",  # or bfloat16, of AdamW's
+        "warmup_steps": 0,
+        # constant; cosine, to 0 at max_steps; or wsd: warm-up, stable, then to 0 in decay_steps.
+        "schedule": "constant",
+        "decay_steps": 0,
+        "clip_norm": 0.0,  # global gradient norm; 0: no clipping
+    }
+
+
+def _averages() -> dict:
+    """Averages of the parameters along training: what samples are drawn with."""
+    return {
+        "decay": 0.9999,
+        "start_step": 0,
+        "interval": 1,  # steps between updates; the decay is that of an update
+        "also": (),  # further decays, to choose from by --ema
+        # Post-hoc EMA: relative widths of power-function averages, as (0.05, 0.1); snapshots of
+        # them, every so many steps, make the average of any width afterwards.
+        "posthoc": (),
+        "snapshot_interval": 0,
+    }
+
+
 def _model() -> dict:
     """What computes u(z, r, t)."""
     return {
-        "name": "dit",  # dit or mlp
+        "name": "dit",  # dit, unet or mlp
         "size": "",  # "B/2" and the like; the keys below win where they are given
         "depth": placeholder(int),
         "hidden_size": placeholder(int),
@@ -96,7 +121,21 @@ def _model() -> dict:
         "class_dropout_prob": 0.1,  # label → null label, for guidance
         "time_inputs": "t,t-r",  # what the network is told: "t", "t,r", "t,t-r" or "t-r"
         "time_scale": 1.0,  # of the times; above 1 MeanFlow diverges: for imported weights alone
-        "prediction": "velocity",  # or noise, of DiT's diffusion: models/prediction.py
+        # velocity; data, x = z − t u, for pixels; or noise, of DiT's diffusion. models/prediction.py
+        "prediction": "velocity",
+        # Of a DiT: positions absolute or rope; mlp gelu or swiglu; norm layer or rms; conditioning
+        # adaln (adaLN-Zero) or tokens (in context).
+        "positions": "absolute",
+        "mlp": "gelu",
+        "norm": "layer",
+        "qk_norm": False,
+        "conditioning": "adaln",
+        "velocity_head": 0,  # blocks of a second head that predicts v, for improved_mean_flow
+        "guidance_inputs": False,  # whether it is told a guidance scale and interval, likewise
+        # Of a U-Net, whose hidden_size is its base width and depth its blocks per resolution.
+        "channel_multipliers": (1, 2, 2),
+        "attention_resolutions": (),  # sides of the feature maps with self-attention
+        "resample": "box",  # or fir, the filter of NCSN++
         "dtype": "float32",  # of the computation; parameters stay float32
         # Attention: xla, cudnn (GPU, bfloat16) or splash (TPU); and that of du/dt, in forward mode
         # alone: xla or fused. auto: the fastest known for the device.
@@ -107,26 +146,70 @@ def _model() -> dict:
     }
 
 
-def _objectives() -> dict:
-    """What it is trained on; each script reads its own section."""
+def objectives() -> dict:
+    """What it is trained on; each objective reads its own section."""
     return {
-        "flow_matching": {
-            "time_law": "logit_normal",  # or uniform
-            "time_mean": 0.0,
-            "time_std": 1.0,
-        },
+        "flow_matching": _times(0.0),
         "mean_flow": {
-            "time_law": "logit_normal",
-            "time_mean": -0.4,
-            "time_std": 1.0,
+            **_times(-0.4),
             "interval_share": 0.25,  # share of the batch with r ≠ t
             "p": 1.0,  # adaptive weight 1 / (error + c)^p
             "c": 0.01,
-            "omega": 1.0,  # guidance in the target; ω′ = ω / (1 − κ), 1: none
-            "kappa": 0.0,
-            "guidance_interval": (0.0, 1.0),  # times t at which the target is guided
+            **_guided(),
+            # Direction (dr, dt) of the derivative beside dz = v; others are the paper's ablation.
+            "tangent": (0.0, 1.0),
             # apart: each part of the target for the samples that need it; plain: as the paper has
             # it, the same numbers at a third more work, to compare with.
             "derivative": "apart",
         },
+        "improved_mean_flow": {
+            **_times(-0.4),
+            "interval_share": 0.5,
+            "p": 1.0,
+            "c": 0.01,
+            # Guidance scales that the network is told lie in [1, omega_max], their density falls as
+            # ω^-omega_power; 1: none. Needs model.guidance_inputs.
+            "omega_max": 1.0,
+            "omega_power": 1.0,
+        },
+        "alpha_flow": {
+            **_times(-0.4),
+            "interval_share": 0.25,
+            "p": 1.0,
+            "c": 0.001,  # to the mean error per element
+            **_guided(),
+            **_transition(),
+        },
+        "shortcut": {
+            "levels": 7,  # the finest step is 2^-levels
+            "interval_share": 0.125,
+            "clip": 4.0,  # of what the targets are made of; 0: none
+        },
+        "consistency": {
+            **_times(-0.4),
+            "interval_share": 1.0,
+            "p": 1.0,
+            "c": 0.001,
+            **_transition(),
+        },
     }
+
+
+def _times(mean: float) -> dict:
+    """The law of the times t."""
+    return {
+        "time_law": "logit_normal",  # or uniform
+        "time_mean": mean,
+        "time_std": 1.0,
+        "time_range": (0.0, 1.0),  # times are clipped to it
+    }
+
+
+def _guided() -> dict:
+    """Guidance in the target; ω′ = ω / (1 − κ), 1: none."""
+    return {"omega": 1.0, "kappa": 0.0, "guidance_interval": (0.0, 1.0)}  # times t of the latter
+
+
+def _transition() -> dict:
+    """How α falls from 1 to 0 between two steps: a sigmoid, clamped near its ends."""
+    return {"transition": (0, 100_000), "sharpness": 25.0, "clamp": 0.005}

@@ -47,26 +47,21 @@ def derivative(
     params,
     inputs: tuple[Array, Array, Array],
     tangents: tuple[Array, Array, Array],
-    label: Array,
-    dropout_keys: Array,
+    rest: tuple[Array, ...],
     pattern: np.ndarray,
 ) -> Array:
     """du/dt (n, ...) where r ≠ t, and 0 where r = t and it has no weight.
 
     Args:
       inputs, tangents: z (n, ...), r (n,) and t (n,), and the direction of the derivative.
-      label, dropout_keys: (n,).
+      rest: what else the network takes, (n, ...) each: labels, keys for dropout.
     Raises:
       ValueError: n is no whole number of periods.
     """
-    z, r, t, v, dr, dt, label, keys = (
-        taken(a, pattern) for a in (*inputs, *tangents, label, dropout_keys)
-    )
+    z, r, t, v, dr, dt, *rest_taken = (taken(a, pattern) for a in (*inputs, *tangents, *rest))
     if not pattern.any():
         return jnp.zeros_like(inputs[0])
-    _, du_dt = jax.jvp(
-        lambda z, r, t: network(params, z, r, t, label, keys), (z, r, t), (v, dr, dt)
-    )
+    _, du_dt = jax.jvp(lambda *at: network(params, *at, *rest_taken), (z, r, t), (v, dr, dt))
     return put(jnp.zeros_like(inputs[0]), du_dt, pattern)
 
 

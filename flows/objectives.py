@@ -1,9 +1,9 @@
-"""The objectives: what a network u(z, r, t) is trained on.
+"""The objectives that regress a network u(z, r, t) on what its derivative says; and flow matching.
 
 `objective(network, params, batch, key) -> (loss, metrics)`. There `network(params, z, r, t, label,
-dropout_keys)` gives u, the batch holds x (n, ...), label (n,) and position (n,), and each metric is
-a pair (total, count), so that microbatches and devices add up. Each sample draws from a key folded
-with its position in the global batch.
+dropout_keys)` gives u, the batch holds x (n, ...), label (n,), position (n,) and step (n,), and
+each metric is a pair (total, count), so that microbatches and devices add up. `flows.bootstrap` has
+the objectives that take targets from the network at another point instead.
 
 Losses are means over samples of squared errors summed over pixels and channels. `error` is the same
 per element, before any weight; `velocity_error` is that at r = t against plain v, and compares
@@ -11,23 +11,28 @@ across objectives with one law of t and no guidance.
 """
 
 import functools
-import itertools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.lax import stop_gradient
 
-from flows.apart import derivative, predictions
-from flows.guidance import guided_target
-from flows.path import interpolate, like, velocity
-from flows.times import TimeLaw, interval, interval_pattern, spans_interval
+from flows.apart import derivative, predictions, put, taken
+from flows.draws import (
+    Metrics,
+    adaptive_weight,
+    draws,
+    error_metrics,
+    mean_where,
+    squared_norm,
+)
+from flows.guidance import GuidanceLaw, guided_target, told_target
+from flows.path import like
+from flows.times import TimeLaw, interval, interval_pattern, moment
 
-GAPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # edges of the bins of t − r in which errors are logged
-
-Metrics = dict[str, tuple[Array, Array]]
+EVERY = np.array([True])  # a pattern of all samples
 
 
 def flow_matching(
@@ -41,13 +46,8 @@ def flow_matching(
     null_label: int,
 ) -> tuple[Array, Metrics]:
     """E ‖u(z, t, t) − v‖² (arXiv 2210.02747, equation 14; 2209.03003)."""
-    keys = SampleKeys.of(key, batch["position"])
-    t = jax.vmap(time_law)(keys.time)
-    label, _ = drop_labels(keys.label, batch["label"], class_dropout_prob, null_label)
-    noise = normal(keys.noise, batch["x"])
-    z, v = interpolate(batch["x"], noise, t), velocity(batch["x"], noise)
-
-    u = network(params, z, t, t, label, keys.dropout)
+    z, v, _, t, *_ = d = draws(batch, key, moment(time_law), 0.0, class_dropout_prob, null_label)
+    u = network(params, z, t, t, *d.rest)
     error = squared_norm(u - v)
     return jnp.mean(error), error_metrics(error, error, t - t, z)
 
@@ -67,6 +67,7 @@ def mean_flow(
     guidance_interval: tuple[float, float],
     class_dropout_prob: float,
     null_label: int,
+    tangent: tuple[float, float] = (0.0, 1.0),
     apart: bool = False,
     forward: Callable | None = None,
     dropout: bool = True,
@@ -78,6 +79,7 @@ def mean_flow(
     w = 1 / sg(‖u − u_tgt‖² + c)^p (equation 22), so with p = 1 the loss stays near 1: read `error`.
 
     Args:
+      tangent: (dr, dt) of that direction; any but (0, 1) is wrong, and there to be compared.
       apart: computes the parts of the target by `flows.apart`, each for the samples that need it:
         the same numbers with less work. The batch's positions must then be consecutive, from a
         multiple of the pattern's period on.
@@ -85,80 +87,101 @@ def mean_flow(
         `network`: apart, in forward mode alone.
       dropout: whether the network drops units, so that u cannot stand for u(·|c) of the guidance.
     """
-    keys = SampleKeys.of(key, batch["position"])
-    r, t = jax.vmap(interval(time_law))(keys.time)
-    r = jnp.where(spans_interval(batch["position"], interval_share), r, t)
-    label, dropped = drop_labels(keys.label, batch["label"], class_dropout_prob, null_label)
-    noise = normal(keys.noise, batch["x"])
-    z, v = interpolate(batch["x"], noise, t), velocity(batch["x"], noise)
-
+    pair_law = interval(time_law)
+    d = draws(batch, key, pair_law, interval_share, class_dropout_prob, null_label)
+    z, v, r, t, label, dropped, _ = d
     frozen, pattern = stop_gradient(params), interval_pattern(interval_share)
     forward, predict = forward or network, None
     if apart:
-        u = network(params, z, r, t, label, keys.dropout)
+        u = network(params, z, r, t, *d.rest)
         known = None if dropout else stop_gradient(u)
         predict = functools.partial(predictions, known=known, pattern=pattern)
     v_g = guided_target(
         network, frozen, z, t, label, v, dropped, predict=predict,
         omega=omega, kappa=kappa, interval=guidance_interval, null_label=null_label,
     )  # fmt: skip
-    along = (z, r, t), (v_g, jnp.zeros_like(r), jnp.ones_like(t))
+    along = (z, r, t), (v_g, jnp.full_like(r, tangent[0]), jnp.full_like(t, tangent[1]))
     if apart:
-        du_dt = derivative(forward, frozen, *along, label, keys.dropout, pattern)
+        du_dt = derivative(forward, frozen, *along, d.rest, pattern)
     else:
-        u, du_dt = jax.jvp(lambda *at: forward(params, *at, label, keys.dropout), *along)
+        u, du_dt = jax.jvp(lambda *at: forward(params, *at, *d.rest), *along)
     u_tgt = stop_gradient(v_g - like(t - r, z) * du_dt)
     error = squared_norm(u - u_tgt)
-    weight = 1 / stop_gradient(error + c) ** p
-    return jnp.mean(weight * error), error_metrics(error, squared_norm(u - v), t - r, z)
+    loss = jnp.mean(adaptive_weight(error, p, c) * error)
+    return loss, error_metrics(error, squared_norm(u - v), t - r, z)
 
 
-class SampleKeys(NamedTuple):
-    """Keys (n,), one per sample, for each thing that is drawn."""
+def improved_mean_flow(
+    network: Callable,
+    params,
+    batch: dict,
+    key: Array,
+    *,
+    time_law: TimeLaw,
+    interval_share: float,
+    p: float,
+    c: float,
+    guidance_law: GuidanceLaw | None,
+    class_dropout_prob: float,
+    null_label: int,
+    heads: Callable | None = None,
+    forward: Callable | None = None,
+    apart: bool = False,
+) -> tuple[Array, Metrics]:
+    """E w ‖V − sg(v_g)‖², V = u + (t − r) sg(du/dt) (arXiv 2512.02012, section 4).
 
-    noise: Array
-    time: Array
-    label: Array
-    dropout: Array
+    A regression on a velocity: V is the flow's velocity where u is its average velocity. du/dt is
+    the derivative in the direction (v_θ, 0, 1) with v_θ the network's own velocity, so that both
+    sides are functions of z alone but for the target. With a second head, v_θ is what that says,
+    and E w ‖v_θ − sg(v_g)‖² is added.
 
-    @classmethod
-    def of(cls, key: Array, position: Array) -> "SampleKeys":
-        """Folds the step's key with each sample's position in the global batch."""
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 4))(position)
-        return cls(*(keys[:, i] for i in range(4)))
+    Guidance is an input: each sample is told a scale ω and an interval of times, and
+    v_g = v + (1 − 1/ω)(v_θ(·|c, ω) − v_θ(·|∅, 1)) inside it, plain v outside and without a label.
+    At its fixed point v_g = ω v_c − (ω − 1) v_∅, and ω = 1 is no guidance.
 
-
-def normal(keys: Array, x: Array) -> Array:
-    """Noise e ~ N(0, I) of x's shape (n, ...), each sample from its own key."""
-    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
-
-
-def drop_labels(
-    keys: Array, label: Array, probability: float, null_label: int
-) -> tuple[Array, Array]:
-    """Replaces labels (n,) by the null label with a probability; also says where."""
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
-    return jnp.where(dropped, jnp.asarray(null_label, label.dtype), label), dropped
-
-
-def squared_norm(z: Array) -> Array:
-    """‖z‖² per sample: (n, ...) → (n,), summed over pixels and channels."""
-    return jnp.sum(jnp.square(z), axis=tuple(range(1, z.ndim)))
-
-
-def error_metrics(error: Array, velocity_error: Array, gap: Array, z: Array) -> Metrics:
-    """Errors per element: over all, at r = t against v, and by bin of t − r."""
-    elements = z.size // z.shape[0]
-    everywhere = jnp.ones_like(gap, bool)
-    metrics = {
-        "error": _mean_where(everywhere, error / elements),
-        "velocity_error": _mean_where(gap == 0, velocity_error / elements),
-    }
-    for low, high in itertools.pairwise(GAPS):
-        inside = (gap > low) & (gap <= high)
-        metrics[f"error_by_gap/{low:g}-{high:g}"] = _mean_where(inside, error / elements)
-    return metrics
+    Args:
+      guidance_law: (key, spans) → (ω, t_min, t_max) of a sample; None: the network is not told any.
+      heads: as `network`, gives (u, v); None: v_θ is u at r = t.
+      forward, apart: as `mean_flow` takes them; not apart, du/dt is taken of all samples.
+    """
+    pair_law = interval(time_law)
+    d = draws(batch, key, pair_law, interval_share, class_dropout_prob, null_label)
+    z, v, r, t, *_ = d
+    frozen, forward = stop_gradient(params), forward or network
+    pattern = interval_pattern(interval_share) if apart else EVERY
+    own = functools.partial(own_velocity, network, heads)
+    rest: tuple[Array, ...] = d.rest
+    if guidance_law is None:
+        part = own(frozen, *(taken(a, pattern) for a in (z, t, d.label)))
+        v_g, v_own = v, put(jnp.zeros_like(z), part, pattern)
+    else:
+        told = jax.vmap(guidance_law)(d.keys.guidance, r < t)
+        rest = *d.rest, told
+        v_g, v_own = told_target(own, frozen, z, t, d.label, v, d.dropped, told, null_label)
+    du_dt = derivative(
+        forward, frozen, (z, r, t), (v_own, jnp.zeros_like(r), jnp.ones_like(t)), rest, pattern
+    )
+    u, v_head = heads(params, z, r, t, *rest) if heads else (network(params, z, r, t, *rest), None)
+    error = squared_norm(u + like(t - r, z) * stop_gradient(du_dt) - v_g)
+    loss = jnp.mean(adaptive_weight(error, p, c) * error)
+    metrics = error_metrics(error, squared_norm(u - v), t - r, z)
+    if v_head is not None:
+        head_error = squared_norm(v_head - v_g)
+        loss += jnp.mean(adaptive_weight(head_error, p, c) * head_error)
+        metrics["head_error"] = mean_where(jnp.ones_like(t, bool), head_error / (z.size // len(z)))
+    return loss, metrics
 
 
-def _mean_where(mask: Array, value: Array) -> tuple[Array, Array]:
-    return jnp.sum(jnp.where(mask, value, 0.0)), jnp.sum(mask.astype(value.dtype))
+def own_velocity(
+    network: Callable,
+    heads: Callable | None,
+    params,
+    z: Array,
+    t: Array,
+    label: Array,
+    *told: Array,
+) -> Array:
+    """v_θ(z, t) (n, ...) without dropout: the second head's, or u at r = t where there is none."""
+    if heads is None:
+        return network(params, z, t, t, label, None, *told)
+    return heads(params, z, t, t, label, None, *told)[1]

@@ -4,8 +4,8 @@ z_r = z_t − (t − r) u(z_t, r, t), over any grid from 1 to 0. With u bound at
 method for the flow's ordinary differential equation, of order 1; with an average velocity over
 [r, t] it is MeanFlow sampling (arXiv 2505.13447, algorithm 2), exact for an exact u. Heun's method,
 of order 2, averages the velocities at both ends of Euler's step. `euler_stochastic` is of weak
-order 1: its samples have the flow's distributions, on paths of their own. `dopri5` chooses its
-steps itself, for each sample by its own error.
+order 1: its samples have the flow's distributions, on paths of their own. `consistency_step` goes to
+the data and back to r. `dopri5` chooses its steps itself, for each sample by its own error.
 """
 
 from collections.abc import Callable
@@ -79,6 +79,20 @@ def stochastic_step(velocity: Velocity, z: Array, t: Array, r: Array, keys: Arra
     return z - (t - r) * v + jnp.where(r > 0, spread, jnp.zeros_like(z))
 
 
+def consistency_step(velocity: Velocity, z: Array, t: Array, r: Array, keys: Array) -> Array:
+    """To the data at once, and from there to r with fresh noise: one call.
+
+    Multistep consistency sampling (arXiv 2303.01469, algorithm 1): of u it needs intervals that end
+    at the data alone. The last step, to r = 0, adds nothing.
+
+    Args:
+      keys: (n,), of this step: a sample's noise is a function of its own.
+    """
+    data = z - t * velocity(z, jnp.zeros_like(r), t)
+    noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys)
+    return (1 - r) * data + r * noise
+
+
 class Sampler(NamedTuple):
     """A step, and the times of a grid at which its velocity is called."""
 
@@ -91,6 +105,7 @@ SAMPLERS = {
     "euler": Sampler(euler_step, lambda grid: grid[:-1]),
     "heun": Sampler(heun_step, lambda grid: jnp.stack([grid[:-1], grid[1:]], axis=1).ravel()),
     "euler_stochastic": Sampler(stochastic_step, lambda grid: grid[:-1]),
+    "consistency": Sampler(consistency_step, lambda grid: grid[:-1]),
 }
 ADAPTIVE = "dopri5"
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 TimeLaw = Callable[[Array], Array]
+PairLaw = Callable[[Array], tuple[Array, Array]]  # key → (r, t)
 
 
 def logit_normal(mean: float, std: float) -> TimeLaw:
@@ -24,7 +25,67 @@ def uniform() -> TimeLaw:
     return lambda key: jax.random.uniform(key)
 
 
-def interval(law: TimeLaw) -> Callable[[Array], tuple[Array, Array]]:
+def clipped(law: TimeLaw, low: float, high: float) -> TimeLaw:
+    """Times of `law`, those below `low` or above `high` taken to be there."""
+    return lambda key: jax.numpy.clip(law(key), low, high)
+
+
+def moment(law: TimeLaw) -> PairLaw:
+    """(t, t): no interval."""
+
+    def draw(key: Array) -> tuple[Array, Array]:
+        t = law(key)
+        return t, t
+
+    return draw
+
+
+def to_data(law: TimeLaw) -> PairLaw:
+    """(0, t): intervals that end at the data."""
+
+    def draw(key: Array) -> tuple[Array, Array]:
+        t = law(key)
+        return jax.numpy.zeros_like(t), t
+
+    return draw
+
+
+def dyadic(levels: int) -> PairLaw:
+    """(t − d, t) with d = 2^−k, k uniform in 0 … levels − 1, and t uniform in d, 2d, …, 1.
+
+    Steps of halved lengths, of which each is two of the next (arXiv 2410.12557, section 3.1).
+    """
+
+    def draw(key: Array) -> tuple[Array, Array]:
+        level_key, place_key = jax.random.split(key)
+        count = 2 ** jax.random.randint(level_key, (), 0, levels)
+        t = jax.random.randint(place_key, (), 1, count + 1) / count
+        return t - 1 / count, t
+
+    return draw
+
+
+def ticks(levels: int) -> TimeLaw:
+    """t uniform in d, 2d, …, 1 with d = 2^−levels."""
+    return lambda key: jax.random.randint(key, (), 1, 2**levels + 1) / 2**levels
+
+
+def annealed(start: int, end: int, sharpness: float, clamp: float) -> Callable[[Array], Array]:
+    """step → α, which falls from 1 to 0 between two steps as a sigmoid (arXiv 2510.20771).
+
+    Half way it is 1/2; within `clamp` of 1 or 0 it is 1 or 0.
+    """
+
+    def alpha(step: Array) -> Array:
+        passed = (step - start) / (end - start)
+        a = jax.nn.sigmoid(sharpness * (0.5 - passed))
+        a = jax.numpy.where(a > 1 - clamp, 1.0, a)
+        return jax.numpy.where(a < clamp, 0.0, a)
+
+    return alpha
+
+
+def interval(law: TimeLaw) -> PairLaw:
     """(r, t): two independent draws of `law`, in order (arXiv 2505.13447, section 4.3)."""
 
     def draw(key: Array) -> tuple[Array, Array]:

@@ -1,9 +1,7 @@
 """From a config to the objects it names. Sizes are resolved here; keys given win over the table."""
 
 import functools
-import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +11,15 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
-from flows import times
-from flows.guidance import effective_scale
-from flows.objectives import flow_matching, mean_flow
+from configs import base
 from models import autoencoder as autoencoders
+from models import dit, unet
 from models.attention import FORWARD, REVERSE, forward_attention, reverse_attention
 from models.dit import REMAT, SIZES, DiT
 from models.layers import TIME_INPUTS
 from models.mlp import MLP
-from models.prediction import PREDICTIONS, velocity_from_noise
+from models.prediction import PREDICTIONS, velocity_from_data, velocity_from_noise
+from models.unet import UNet
 from pipelines.plan import FEATURES, FEWEST, MOST_STEPS
 from pipelines.pretrained import Pretrained, load_autoencoder
 from utils.cli import SIZE_KEYS, UserError, absolute, flatten
@@ -33,6 +31,23 @@ MANY = 2**31 - 1
 MOST_PATCHES = 2**18  # of a picture: 512 pixels each way, one by one
 MOST_PARAMETERS = 10**11  # with their average and Adam's moments 2 TB
 SEVERAL = 1_000_000
+DEFAULTS = base.get_config()
+OBJECTIVES = base.objectives()  # the section of each
+OF_OBJECTIVES: dict[str, tuple[float, float]] = {  # of a key in every section that has it
+    "time_mean": (-100, 100),
+    "time_std": (0, 100),
+    "interval_share": (0, 1),
+    "p": (0, 10),
+    "c": (1e-12, 1e6),
+    "omega": (0, 100),
+    "kappa": (0, 0.999),
+    "omega_max": (1, 1000),
+    "omega_power": (0, 10),
+    "sharpness": (0.01, 1e6),
+    "clamp": (0, 0.49),
+    "levels": (1, 20),
+    "clip": (0, 1e6),
+}
 RANGES: dict[str, tuple[float, float]] = {  # the least and the most a key may be
     "seed": (0, MANY),
     **dict.fromkeys(("batch_size", "accumulation"), (1, 2**24)),
@@ -51,25 +66,34 @@ RANGES: dict[str, tuple[float, float]] = {  # the least and the most a key may b
     "model.class_dropout_prob": (0, 1),
     "model.unroll": (1, 1000),
     "model.time_scale": (1e-3, 1e6),
-    **dict.fromkeys(("flow_matching.time_mean", "mean_flow.time_mean"), (-100, 100)),
-    **dict.fromkeys(("flow_matching.time_std", "mean_flow.time_std"), (0, 100)),
-    "mean_flow.interval_share": (0, 1),
-    "mean_flow.p": (0, 10),
-    "mean_flow.c": (1e-12, 1e6),
-    "mean_flow.omega": (0, 100),
-    "mean_flow.kappa": (0, 0.999),
+    "model.velocity_head": (0, 1000),
+    **{
+        f"{section}.{key}": between
+        for section, values in OBJECTIVES.items()
+        for key, between in OF_OBJECTIVES.items()
+        if key in values
+    },
     "optimizer.lr": (1e-12, 100),
     "optimizer.beta1": (0, 0.999999),
     "optimizer.beta2": (0, 0.999999),
     "optimizer.weight_decay": (0, 100),
     "optimizer.warmup_steps": (0, MANY),
+    "optimizer.decay_steps": (0, MANY),
     "optimizer.clip_norm": (0, 1e9),
     "ema.decay": (0, 0.9999999),
     "ema.start_step": (0, MANY),
+    "ema.interval": (1, MANY),
+    "ema.snapshot_interval": (0, MANY),
     **dict.fromkeys(("mesh.data", "mesh.fsdp"), (-1, SEVERAL)),
     "sample.num": (1, 10_000),
     "sample.guidance": (-1000, 1000),
     "fid.num": (0, 10_000_000),
+}
+PAIRS = {  # of the objectives: the least, the most, and an example
+    "guidance_interval": (0, 1, "0,1"),
+    "time_range": (0, 1, "0,1"),
+    "transition": (0, MANY, "0,100000"),
+    "tangent": (-100, 100, "0,1"),
 }
 CHOICES: dict[str, tuple] = {  # what else a key may be
     "use_stable_vae": (0, 1),
@@ -77,9 +101,19 @@ CHOICES: dict[str, tuple] = {  # what else a key may be
     "model.attention_jvp": ("auto", *FORWARD),
     "model.remat": ("none", *REMAT),
     "model.prediction": PREDICTIONS,
+    "model.positions": ("absolute", "rope"),
+    "model.mlp": ("gelu", "swiglu"),
+    "model.norm": ("layer", "rms"),
+    "model.conditioning": ("adaln", "tokens"),
+    "model.name": ("dit", "unet", "mlp"),
+    "model.qk_norm": (False, True),
+    "model.guidance_inputs": (False, True),
+    "model.resample": ("box", "fir"),
     "mean_flow.derivative": ("apart", "plain"),
     "autoencoder_dtype": ("float32", "bfloat16"),
-    "optimizer.schedule": ("constant", "cosine"),
+    "optimizer.name": ("adamw", "adamw8bit", "muon"),
+    "optimizer.moments": ("float32", "bfloat16"),
+    "optimizer.schedule": ("constant", "cosine", "wsd"),
     "fid.features": FEATURES,
     "wandb.mode": ("disabled", "offline", "online"),
 }
@@ -116,13 +150,22 @@ def _check_lists(values: dict[str, Any]) -> None:
         whole = isinstance(steps, tuple) and all(type(step) is int for step in steps)
         if not (whole and steps and 1 <= min(steps) <= max(steps) <= MOST_STEPS):
             raise UserError(f"{key}={steps}: give --{key}=1,32 or the like, up to {MOST_STEPS}")
-    interval = values["mean_flow.guidance_interval"]
-    numbers = isinstance(interval, tuple) and all(type(t) in (int, float) for t in interval)
-    if not (numbers and len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
-        raise UserError(
-            f"mean_flow.guidance_interval={interval}: two times from 0 to 1, the lower first: "
-            "give --mean_flow.guidance_interval=0,1"
-        )
+    for key, (least, most, given) in PAIRS.items():
+        for name in (name for name in values if name.endswith(f".{key}")):
+            pair = values[name]
+            numbers = isinstance(pair, tuple) and all(type(t) in (int, float) for t in pair)
+            ordered = pair if key == "tangent" else sorted(pair) if numbers else ()
+            if not (numbers and len(pair) == 2 and least <= min(pair) and max(pair) <= most) or (
+                list(ordered) != list(pair)
+            ):
+                raise UserError(
+                    f"{name}={pair}: two numbers from {least:g} to {most:g}, the lower first: "
+                    f"give --{name}={given}"
+                )
+    for name in ("ema.also", "ema.posthoc"):
+        numbers = isinstance(values[name], tuple) and all(type(x) is float for x in values[name])
+        if not (numbers and all(0 < x < 1 for x in values[name])):
+            raise UserError(f"{name}={values[name]}: numbers between 0 and 1, by commas")
 
 
 def _check_network(config: ConfigDict) -> None:
@@ -172,9 +215,10 @@ def _check_evaluation(config: ConfigDict) -> None:
 class Network(NamedTuple):
     """A velocity network as pure functions.
 
-    init: key → parameters. apply: (parameters, z, r, t, label, dropout_keys) → u. The others
-    are the same u by other kernels of attention: forward, for what is differentiated in forward
-    mode alone, and plain, for what is differentiated in both.
+    init: key → parameters. apply: (parameters, z, r, t, label, dropout_keys) → u, and where `told`
+    also of guidance (n, 3): a scale, and an interval's ends. The others are the same u by other
+    kernels of attention: forward, for what is differentiated in forward mode alone, and plain, for
+    what is differentiated in both. heads: as apply, (u, v); None without a second head.
     """
 
     init: Callable[[Array], Any]
@@ -182,6 +226,8 @@ class Network(NamedTuple):
     forward: Callable
     plain: Callable
     null_label: int
+    told: bool = False
+    heads: Callable | None = None
 
 
 def network(
@@ -196,14 +242,17 @@ def network(
     """
     z, t = jnp.zeros((1, *shape)), jnp.zeros(1)
     module = _module(config.model, shape, num_classes)
-    kinds = _by_attention(module, config.model, shape, platform or this_platform())
+    kinds = _by_attention(module, config.model, shape, num_classes, platform or this_platform())
     apply, forward, plain = (_applied(kind, config.model.prediction) for kind in kinds)
+    both: dict[str, Any] = {"heads": True} if config.model.velocity_head else {}
     return Network(
-        init=lambda key: module.init(key, z, t, t, jnp.zeros(1, jnp.int32))["params"],
+        init=lambda key: module.init(key, z, t, t, jnp.zeros(1, jnp.int32), **both)["params"],
         apply=apply,
         forward=forward,
         plain=plain,
         null_label=num_classes,
+        told=config.model.guidance_inputs,
+        heads=_applied(kinds[0], config.model.prediction, **both) if both else None,
     )
 
 
@@ -217,20 +266,24 @@ def this_platform() -> str:
     return "gpu" if major.isdecimal() and int(major) >= 8 else "other_gpu"
 
 
-def _applied(module: nn.Module, prediction: str) -> Callable:
-    """(parameters, z, r, t, label, dropout_keys) → u, whatever the module predicts."""
+def _applied(module: nn.Module, prediction: str, **options: Any) -> Callable:
+    """(parameters, z, r, t, label, dropout_keys, …) → u, whatever the module predicts."""
 
     def apply(params: Any, *inputs: Any) -> Any:
-        return module.apply({"params": params}, *inputs)
+        return module.apply({"params": params}, *inputs, **options)
 
     def from_noise(params: Any, z: Array, r: Array, t: Array, *rest: Any) -> Any:
         return velocity_from_noise(lambda y, step: apply(params, y, step, step, *rest), z, t)
 
-    return from_noise if prediction == "noise" else apply
+    def from_data(params: Any, z: Array, r: Array, t: Array, *rest: Any) -> Any:
+        x = apply(params, z, r, t, *rest)
+        return jax.tree.map(lambda x: velocity_from_data(x, z, t), x)
+
+    return {"velocity": apply, "noise": from_noise, "data": from_data}[prediction]
 
 
 def _by_attention(
-    module: nn.Module, model: ConfigDict, shape: tuple[int, ...], platform: str
+    module: nn.Module, model: ConfigDict, shape: tuple[int, ...], num_classes: int, platform: str
 ) -> list[nn.Module]:
     """The network with the attention for gradients, for forward mode alone, and for both.
 
@@ -239,12 +292,16 @@ def _by_attention(
     """
     if not isinstance(module, DiT):
         return [module] * 3
-    names = attention_names(model, dit_sizes(model, shape), shape, platform)
+    names = attention_names(model, dit_sizes(model, shape), shape, num_classes, platform)
     return [module.clone(attention=name) for name in (*names, "xla")]
 
 
 def attention_names(
-    model: ConfigDict, sizes: dict[str, int], shape: tuple[int, ...], platform: str
+    model: ConfigDict,
+    sizes: dict[str, int],
+    shape: tuple[int, ...],
+    num_classes: int,
+    platform: str,
 ) -> tuple[str, str]:
     """What computes attention in reverse mode, and in forward mode, "auto" resolved.
 
@@ -253,7 +310,9 @@ def attention_names(
     Raises:
       UserError: an attention that this machine, type or size cannot have.
     """
-    tokens = shape[0] * shape[1] // sizes["patch_size"] ** 2
+    tokens = shape[0] * shape[1] // sizes["patch_size"] ** 2 + dit.prefix(
+        model.conditioning, model.guidance_inputs, model.time_inputs, num_classes
+    )
     case = platform, model.dtype, tokens, sizes["hidden_size"] // sizes["num_heads"]
     try:
         reverse = reverse_attention(model.attention, *case)
@@ -267,22 +326,60 @@ def _module(model: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.M
         raise UserError(f"model.time_inputs={model.time_inputs!r}: a choice of t,r,t-r")
     common: dict[str, Any] = {
         "num_classes": num_classes,
-        "mlp_ratio": model.mlp_ratio,
         "dropout": model.dropout,
         "time_inputs": model.time_inputs,
     }
+    _check_own(model)
     if model.name == "dit":
         common |= dit_sizes(model, shape)
-        common |= {"remat": model.remat, "unroll": model.unroll, "time_scale": model.time_scale}
+        common |= {key: model[key] for key in (*OWN["dit"], "mlp_ratio", "remat", "unroll")}
         return DiT(**common, dtype=_dtype(model.dtype))
-    if model.name == "mlp" and len(shape) > 1:
+    if model.name == "unet":
+        common |= _unet_sizes(model, shape)
+        return UNet(**common, dtype=_dtype(model.dtype))
+    if len(shape) > 1:
         raise UserError("model.name=mlp is for points: --model.name=dit for pictures")
-    if model.name == "mlp" and (model.time_scale != 1 or model.prediction != "velocity"):
-        raise UserError("model.time_scale and model.prediction are for model.name=dit")
-    if model.name == "mlp":
-        common |= _given(model, ("depth", "hidden_size"))
-        return MLP(**common)
-    raise UserError(f"model.name={model.name!r}: dit or mlp")
+    common |= _given(model, ("depth", "hidden_size"))
+    return MLP(**common, mlp_ratio=model.mlp_ratio)
+
+
+OWN = {  # what one kind of network alone knows
+    "dit": (
+        *("time_scale", "positions", "mlp", "norm", "qk_norm", "conditioning"),
+        *("velocity_head", "guidance_inputs"),
+    ),
+    "unet": ("channel_multipliers", "attention_resolutions", "resample"),
+}
+
+
+def _check_own(model: ConfigDict) -> None:
+    """Raises UserError where a network is given what another kind alone knows."""
+    for name, keys in OWN.items():
+        changed = [key for key in keys if model[key] != DEFAULTS.model[key]]
+        if changed and name != model.name:
+            raise UserError(
+                f"model.{changed[0]} is for model.name={name}, this is {model.name}: leave it out"
+            )
+    if model.prediction == "noise" and model.name != "dit":
+        raise UserError("model.prediction=noise is for model.name=dit: leave it out")
+
+
+def _unet_sizes(model: ConfigDict, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What `models.unet.UNet` is made of.
+
+    Raises:
+      UserError: sizes that are missing or do not fit.
+    """
+    if len(shape) != 3:
+        raise UserError("model.name=unet needs pictures: --model.name=mlp for points")
+    sizes: dict[str, Any] = _given(model, ("depth", "hidden_size"))
+    sizes |= {"num_heads": model.num_heads or 1}
+    sizes |= {key: model[key] for key in OWN["unet"]}
+    try:
+        unet.check(shape, **{key: value for key, value in sizes.items() if key != "depth"})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return sizes
 
 
 def told(model: ConfigDict) -> list[str]:
@@ -313,6 +410,11 @@ def dit_sizes(model: ConfigDict, shape: tuple[int, ...]) -> dict[str, int]:
             f"model.hidden_size={sizes['hidden_size']} must be a multiple of 4 and of "
             f"model.num_heads={sizes['num_heads']}"
         )
+    try:
+        options = model.positions, model.velocity_head
+        dit.check(sizes["depth"], sizes["hidden_size"], sizes["num_heads"], *options)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return sizes
 
 
@@ -371,104 +473,9 @@ def latent_shape(codec: autoencoders.Autoencoder, shape: tuple[int, ...]) -> tup
     return jax.eval_shape(codec.sample, moments, keys).shape[1:]
 
 
-def flow_objective(config: ConfigDict, num_classes: int, local: int = 0) -> Callable:
-    """`flows.objectives.flow_matching` with the config's options bound.
-
-    Args:
-      local: as `mean_flow_objective` takes it; all the same here.
-    Raises:
-      UserError: options out of range.
-    """
-    if told(config.model) == ["t-r"]:
-        raise UserError("flow matching needs model.time_inputs with t or r: t-r alone is always 0")
-    return partial(
-        flow_matching,
-        time_law=time_law(config.flow_matching, "flow_matching"),
-        **_label_dropout(config, num_classes),
-    )
-
-
-def mean_flow_objective(config: ConfigDict, num_classes: int, local: int = 0) -> Callable:
-    """`flows.objectives.mean_flow` with the config's options bound.
-
-    Args:
-      local: samples that a device has in a microbatch. Where they are whole periods of the pattern
-        that says which have r ≠ t, du/dt is computed for those alone; 0: for all, which is slower
-        and gives the same numbers.
-    Raises:
-      UserError: options out of range.
-    """
-    m = config.mean_flow
-    if told(config.model) in (["t"], ["r"]):
-        raise UserError("MeanFlow needs model.time_inputs of two times, t,t-r, or t-r alone")
-    if config.model.prediction != "velocity":
-        raise UserError("MeanFlow needs --model.prediction=velocity: noise says nothing of r < t")
-    guided = m.omega != 1 or m.kappa != 0
-    if guided and config.model.class_dropout_prob == 0:
-        raise UserError("guidance needs a trained null label: --model.class_dropout_prob=0.1")
-    if guided and num_classes == 0:
-        raise UserError("guidance needs labels: --mean_flow.omega=1 --mean_flow.kappa=0")
-    return partial(
-        mean_flow,
-        time_law=time_law(m, "mean_flow"),
-        interval_share=m.interval_share,
-        p=m.p,
-        c=m.c,
-        omega=m.omega,
-        kappa=m.kappa,
-        guidance_interval=tuple(m.guidance_interval),
-        apart=m.derivative == "apart" and splits_evenly(m.interval_share, local),
-        forward=None,
-        dropout=config.model.dropout > 0,
-        **_label_dropout(config, num_classes),
-    )
-
-
-def with_forward(objective: Callable, network: Network) -> Callable:
-    """The objective with the network that it differentiates in forward mode, if it does."""
-    given = objective.keywords  # type: ignore[attr-defined]
-    if "forward" not in given:
-        return objective
-    return partial(objective, forward=network.forward if given["apart"] else network.plain)
-
-
-def splits_evenly(share: float, local: int) -> bool:
-    """Whether `local` samples hold whole periods of the pattern of r ≠ t; if not, warns once."""
-    period = len(times.interval_pattern(share))
-    if local % period and jax.process_index() == 0:
-        print(
-            f"warning: {local} samples per device and microbatch are no multiple of {period}, so "
-            f"mean_flow.interval_share={share:g} does not split evenly: du/dt is computed for all "
-            "samples, the same numbers at more work; a larger --batch_size avoids it",
-            file=sys.stderr,
-        )
-    return local > 0 and local % period == 0
-
-
-def time_law(section: ConfigDict, name: str) -> times.TimeLaw:
-    """The law of t that a section of the config names."""
-    if section.time_law == "uniform":
-        return times.uniform()
-    if section.time_law == "logit_normal":
-        return times.logit_normal(section.time_mean, section.time_std)
-    raise UserError(f"{name}.time_law={section.time_law!r}: logit_normal or uniform")
-
-
-def trained_guidance(config: ConfigDict) -> float:
-    """ω′: the guidance scale that training put into the network; 1 for none."""
-    if config.objective != "mean_flow":
-        return 1.0
-    return effective_scale(config.mean_flow.omega, config.mean_flow.kappa)
-
-
 def count_parameters(params: Any) -> int:
     """The number of scalars in a tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _label_dropout(config: ConfigDict, num_classes: int) -> dict:
-    probability = config.model.class_dropout_prob if num_classes else 0.0
-    return {"class_dropout_prob": probability, "null_label": num_classes}
 
 
 def _given(model: ConfigDict, keys: tuple[str, ...]) -> dict[str, int]:

@@ -223,7 +223,12 @@ class FlowPipeline:
     @property
     def averages(self) -> bool:
         """Whether the network was taught average velocities, over [r, t]."""
-        return self.config.objective == "mean_flow"
+        return self.config.objective != "flow_matching"
+
+    @property
+    def consistent(self) -> bool:
+        """Whether it was taught those of all intervals, not only of those that end at the data."""
+        return consistent(self.config)
 
     def __call__(self, labels: np.ndarray, **options: Any) -> np.ndarray:
         """Returns n pictures uint8 (n, height, width, channels), or points float32 (n, 2).
@@ -394,7 +399,15 @@ class FlowPipeline:
         if sampler == ADAPTIVE:
             raise UserError(f"{ADAPTIVE} calls the network as often as a sample needs: see draw")
         times = SAMPLERS[sampler].times(jnp.asarray(self.times(steps, grid)))
-        return network_calls(np.asarray(times), guidance, guidance_interval)
+        scale = 1.0 if self.network.told else guidance
+        return network_calls(np.asarray(times), scale, guidance_interval)
+
+    @property
+    def sampler_name(self) -> str:
+        """The sampler where none is given: the one that goes with what the network was taught."""
+        return {"flow_matching": "euler", "consistency": "consistency"}.get(
+            self.config.objective, "meanflow"
+        )
 
     def with_params(self, params: Any) -> "FlowPipeline":
         """The same pipeline around other parameters; nothing is compiled again."""
@@ -406,20 +419,39 @@ class FlowPipeline:
         Raises:
           UserError: as `draw`.
         """
-        sampler = sampler or ("meanflow" if self.averages else "euler")
+        sampler = sampler or self.sampler_name
         if not isinstance(steps, int | np.integer) or steps < 1:
             raise UserError(f"steps={steps}: a whole number, at least 1")
         if sampler not in (*SAMPLERS, ADAPTIVE):
             raise UserError(f"no sampler {sampler!r}: there are {', '.join((*SAMPLERS, ADAPTIVE))}")
-        if sampler == "meanflow" and not self.averages:
+        if sampler in ("meanflow", "consistency") and not self.averages:
             raise UserError(
-                "sampler meanflow needs average velocities, which flow matching does not teach: "
+                f"sampler {sampler} needs average velocities, which flow matching does not teach: "
                 "use euler, heun or euler_stochastic"
+            )
+        if sampler == "meanflow" and not self.consistent and steps > 1:
+            raise UserError(
+                "sampler meanflow in several steps needs average velocities of all intervals, "
+                "consistency training teaches those that end at the data: use consistency"
             )
         for scale in guidance:
             if scale != 1 and self.num_classes == 0:
                 raise UserError(f"guidance={scale}: this network knows no labels, use 1")
+            self._check_told(scale)
         return sampler
+
+    def _check_told(self, scale: float) -> None:
+        """Raises UserError where a network that is told its guidance was never told such a one."""
+        if not self.network.told:
+            return
+        most = self.config.improved_mean_flow.omega_max
+        if not 1 <= scale <= most:
+            raise UserError(f"guidance={scale}: this network was told scales from 1 to {most:g}")
+
+
+def consistent(config: ConfigDict) -> bool:
+    """Whether an objective teaches average velocities over intervals anywhere."""
+    return config.objective not in ("flow_matching", "consistency")
 
 
 def make_sampler(network: build.Network, shape: tuple[int, ...]) -> Callable[..., Draw]:
@@ -433,8 +465,9 @@ def make_sampler(network: build.Network, shape: tuple[int, ...]) -> Callable[...
         times, scale, low, high, tolerance = numbers
         interval = (low, high)
         velocity = guided_velocity(
-            network.apply, params, label, network.null_label, scale, interval, guided
+            network.apply, params, label, network.null_label, scale, interval, guided, network.told
         )
+        guided = guided and not network.told  # told, it is one call
         if sampler == ADAPTIVE:
             each = jnp.full(len(noise), 2 if guided else 1)  # both, wherever the others stand
             x, calls = dopri5(velocity, noise, tolerance, lambda t: each)

@@ -23,6 +23,10 @@ Library = Literal["jax", "diffusers"]
 PAPERS = {
     "flow_matching": "flow matching ([arXiv 2210.02747](https://arxiv.org/abs/2210.02747))",
     "mean_flow": "MeanFlow ([arXiv 2505.13447](https://arxiv.org/abs/2505.13447))",
+    "improved_mean_flow": "improved MeanFlow ([arXiv 2512.02012](https://arxiv.org/abs/2512.02012))",
+    "alpha_flow": "α-Flow ([arXiv 2510.20771](https://arxiv.org/abs/2510.20771))",
+    "shortcut": "a shortcut model ([arXiv 2410.12557](https://arxiv.org/abs/2410.12557))",
+    "consistency": "consistency training ([arXiv 2303.01469](https://arxiv.org/abs/2303.01469))",
 }
 # What the hub's `license` may be, of those that weights commonly have; others are `other`.
 LICENCES = (
@@ -218,7 +222,8 @@ def _front(config: ConfigDict, card: dict[str, Any], library: Library) -> str:
     pictures = len(card["shape"]) == 3
     if pictures:
         values["pipeline_tag"] = "unconditional-image-generation"
-    kind = {"flow_matching": "flow-matching", "mean_flow": "meanflow"}.get(config.objective)
+    names = {"mean_flow": "meanflow", "improved_mean_flow": "improved-meanflow"}
+    kind = names.get(config.objective, config.objective.replace("_", "-"))
     tags = [kind, "image-generation" if pictures else None, "jax" if library == "jax" else None]
     tags += ["class-conditional" if card["num_classes"] else None]
     values["tags"] = [tag for tag in tags if tag]
@@ -235,7 +240,7 @@ def _what(config: ConfigDict, card: dict[str, Any]) -> str:
     paper = PAPERS.get(config.objective, config.objective)
     size = f", {card['parameters']:,} parameters" if card.get("parameters") else ""
     lines = [f"A {_network(config)}{size}, that makes {seen} by {paper}; {labels}."]
-    if config.objective == "mean_flow":
+    if config.objective != "flow_matching":
         lines.append("One network call makes a sample; more steps refine it.")
     if card.get("origin"):
         lines.append(f"Its weights were imported from {card['origin']}.")
@@ -259,7 +264,7 @@ def _network(config: ConfigDict) -> str:
 
 
 def _use(config: ConfigDict, card: dict[str, Any], library: Library, name: str) -> str:
-    steps = 1 if config.objective == "mean_flow" else 32
+    steps = 32 if config.objective == "flow_matching" else 1
     if library == "jax":
         label = " --labels=-1" if card["num_classes"] else ""
         labels = f"np.full(16, {card['num_classes']})" if not card["num_classes"] else None
@@ -343,19 +348,24 @@ def _times(config: ConfigDict) -> str:
     section = config.get(config.objective)
     if section is None:
         return ""
+    if config.objective == "shortcut":
+        return f"steps of 1 to 2^-{section.levels}"
     law = section.time_law.replace("_", "-")
     if section.time_law != "uniform":
         law += f"({section.time_mean:g}, {section.time_std:g})"
-    if config.objective == "mean_flow":
+    if config.objective != "flow_matching":
         law += f", r ≠ t for {100 * section.interval_share:g} % of the batch"
     return law
 
 
 def _guidance(config: ConfigDict, card: dict[str, Any]) -> str:
     scale = card.get("trained_guidance")
-    if scale in (None, 1) or config.objective != "mean_flow":
+    if config.model.guidance_inputs:
+        most = config.improved_mean_flow.omega_max
+        return f"an input of the network, from 1 to {most:g}: one call, whatever the scale"
+    if scale in (None, 1) or config.objective not in ("mean_flow", "alpha_flow"):
         return "none"
-    m = config.mean_flow
+    m = config[config.objective]
     low, high = m.guidance_interval
     return f"ω′ = {scale:g} (ω = {m.omega:g}, κ = {m.kappa:g}) for t in [{low:g}, {high:g}]"
 

@@ -17,7 +17,14 @@ from pipelines.sweep import COLUMNS, Cell, Section
 from utils import figures
 from utils.log import log_table
 
-OBJECTIVES = {"flow_matching": "flow matching", "mean_flow": "MeanFlow"}
+OBJECTIVES = {
+    "flow_matching": "flow matching",
+    "mean_flow": "MeanFlow",
+    "improved_mean_flow": "improved MeanFlow",
+    "alpha_flow": "α-Flow",
+    "shortcut": "shortcut",
+    "consistency": "consistency",
+}
 VERSIONS = ("jax", "flax", "numpy", "pillow")
 # What sets the lines of a table apart: a column where it differs, or always where it is named.
 LINE = (

@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 from flows.consistency import self_consistency
 from flows.path import interpolate
 from models.autoencoder import Autoencoder
-from pipelines import build, initial
-from pipelines.flow import FlowPipeline
+from pipelines import build, initial, objectives
+from pipelines.flow import FlowPipeline, consistent
 from pipelines.quick import QuickDistance
 from pipelines.runs import FREE
 from pipelines.stored import read_config, read_json, trained_card, write_json
@@ -73,7 +73,10 @@ def _train(
     local = config.batch_size // mesh.size // config.accumulation
     objective = make_objective(config, dataset.num_classes, local=local)
     if config.objective not in ("", objective.func.__name__):
-        raise UserError(f"objective={config.objective!r} is set by the script: leave it out")
+        raise UserError(
+            f"objective={config.objective!r} is not of this script: train_flow.py has "
+            f"flow_matching, train_meanflow.py {', '.join(objectives.AVERAGES)}"
+        )
     config.objective = objective.func.__name__
     check_best(config)
     for key in (
@@ -87,7 +90,7 @@ def _train(
     codec = build.autoencoder(config, dataset.shape, dataset.autoencoder)
     shape = build.latent_shape(codec, dataset.shape)
     network = build.network(config, shape, dataset.num_classes)
-    objective = build.with_forward(objective, network)
+    objective = objectives.with_forward(objective, network)
     options = {key: config[key] for key in ("cache", "batch_size", "seed", "flip")}
     batches = feed(dataset.train, mesh, **options)
     check_workdir(path, config, dataset.identity)
@@ -162,7 +165,7 @@ class Evaluate:
         for steps in self.config.sample.steps:
             logger.picture(step, f"steps_{steps}", grid(self._pictures(params, steps)))
         metrics: dict[str, float] = {}
-        if self.config.objective == "mean_flow":
+        if self.pipeline.consistent:
             metrics["self_consistency"] = float(self.consistency(params, self.codec, self.held))
         if self.distance:
             metrics |= self.distance(params)
@@ -193,7 +196,7 @@ class Evaluate:
 
 def check_best(config: ConfigDict) -> None:
     """Raises UserError where no evaluation of this run can give `best_metric`."""
-    given = ["self_consistency"] if config.objective == "mean_flow" else []
+    given = ["self_consistency"] if consistent(config) else []
     quick = f"_quick_{config.fid.num}/"
     if config.fid.num:
         given += [f"fid{quick}1_step and the like"]
@@ -288,12 +291,13 @@ def step_flops(
     plain = config.copy_and_resolve_references()
     plain.model.update({"remat": "none", "attention": "xla", "attention_jvp": "xla"})
     network = build.network(plain, shape, num_classes)
-    objective = build.with_forward(objective, network)
+    objective = objectives.with_forward(objective, network)
     n = config.batch_size
     batch = {
         "x": jax.ShapeDtypeStruct((n, *shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((n,), jnp.int32),
         "position": jax.ShapeDtypeStruct((n,), jnp.int32),
+        "step": jax.ShapeDtypeStruct((n,), jnp.int32),
     }
     params = jax.eval_shape(network.init, jax.random.key(0))
     gradient = jax.grad(functools.partial(objective, network.apply), has_aux=True)

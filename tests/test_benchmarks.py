@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import profiling, timing
 from configs import imagenet256
-from pipelines import build
+from pipelines import objectives
 from pipelines.train import step_flops
 from tests.conftest import thorough
 
@@ -88,8 +88,8 @@ def counts_are_those_of_the_model_and_stand_in_order():
     config.batch_size = 8
     config.model.update({"size": "S/4", "depth": 1, "hidden_size": 24})
     config.mean_flow.update({"omega": 1.0, "kappa": 0.5})
-    flow = step_flops(config, (8, 8, 4), 1000, build.flow_objective(config, 1000, local=8))
-    apart = build.mean_flow_objective(config, 1000, local=8)
+    flow = step_flops(config, (8, 8, 4), 1000, objectives.flow_objective(config, 1000, local=8))
+    apart = objectives.mean_flow_objective(config, 1000, local=8)
     wanted = [flow, step_flops(config, (8, 8, 4), 1000, apart)]
     assert [row["flops"] for row in rows] == wanted
     assert [row["flops_of_flow"] for row in rows] == [flops / flow for flops in wanted]

@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 
 from configs import base
-from pipelines import build
+from pipelines import build, objectives
 from utils import cli
 from utils.cli import UserError
 
@@ -86,11 +86,11 @@ def test_a_toy_is_a_data_set_like_others():
 @pytest.mark.parametrize("variant", ["b4", "b2", "m2", "l2", "xl2", "xl2plus"])
 def test_published_recipes(variant):
     config = config_of(f"--config=configs/imagenet256.py:meanflow_{variant}")
-    assert build.mean_flow_objective(config, 1000).keywords["interval_share"] == 0.25
+    assert objectives.mean_flow_objective(config, 1000).keywords["interval_share"] == 0.25
     assert config.holdout == 0 and config.batch_size == 256 and not config.flip
     config.objective = "mean_flow"
     expected = 2.5 if variant in ("l2", "xl2") else 2.0
-    assert build.trained_guidance(config) == pytest.approx(expected)
+    assert objectives.trained_guidance(config) == pytest.approx(expected)
 
 
 def test_without_flags_the_embedded_digits():

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base
-from pipelines import build
+from pipelines import build, objectives
 from pipelines.train import step_flops
 
 LATENTS = (32, 32, 4)
 CLASSES = 1000
 OBJECTIVES = {
-    "flow_matching": (build.flow_objective, {}),
-    "mean_flow": (build.mean_flow_objective, {}),
-    "guided": (build.mean_flow_objective, {"omega": 1.0, "kappa": 0.5}),
-    "plain": (build.mean_flow_objective, {"derivative": "plain"}),
+    "flow_matching": (objectives.flow_objective, {}),
+    "mean_flow": (objectives.mean_flow_objective, {}),
+    "guided": (objectives.mean_flow_objective, {"omega": 1.0, "kappa": 0.5}),
+    "plain": (objectives.mean_flow_objective, {"derivative": "plain"}),
     "plain, guided": (
-        build.mean_flow_objective,
+        objectives.mean_flow_objective,
         {"derivative": "plain", "omega": 1.0, "kappa": 0.5},
     ),
 }
@@ -57,7 +57,7 @@ def temporary_bytes(size, batch_size, name):
     """The gradient's temporary memory, compiled for this machine."""
     config, objective = configured(size, batch_size, name)
     network = build.network(config, LATENTS, CLASSES)
-    objective = build.with_forward(objective, network)
+    objective = objectives.with_forward(objective, network)
     params = jax.eval_shape(network.init, jax.random.key(0))
     integers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     x = jax.ShapeDtypeStruct((batch_size, *LATENTS), jnp.float32)

@@ -24,7 +24,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 from configs import base
-from pipelines import build, classifier, extractors, plan, train
+from pipelines import classifier, extractors, objectives, plan, train
 from utils import cli
 from utils.cli import UserError
 
@@ -166,7 +166,7 @@ def folder(tmp_path_factory) -> Iterator[pathlib.Path]:
 @given(
     file=st.sampled_from(sorted(FILES)),
     words=overrides(),
-    objective=st.sampled_from([build.flow_objective, build.mean_flow_objective]),
+    objective=st.sampled_from([objectives.flow_objective, objectives.mean_flow_objective]),
 )
 def test_any_override_trains_or_is_told(folder, file, words, objective):
     given_first = [f"--config={cli.CONFIGS}/{file}", *SMALL, *FILES[file]]
@@ -179,7 +179,9 @@ def test_without_overrides_it_trains(folder, file):
     """So that what is told above is told of the overrides."""
     with jax.numpy_dtype_promotion("standard"):
         assert (
-            begin([f"--config={cli.CONFIGS}/{file}", *SMALL, *FILES[file]], build.flow_objective)
+            begin(
+                [f"--config={cli.CONFIGS}/{file}", *SMALL, *FILES[file]], objectives.flow_objective
+            )
             == "trains"
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import toy
-from pipelines import build
+from pipelines import build, objectives
 from pipelines.train import train
 from tests.test_train import saved, small_config
 from utils import data
@@ -30,7 +30,7 @@ def planted(bad):
     """
 
     def make(config, num_classes, **options):
-        good = build.mean_flow_objective(config, num_classes, **options)
+        good = objectives.mean_flow_objective(config, num_classes, **options)
         steps = [step for step in range(1, config.max_steps + 1) if bad(step)]
         training = stream(config.seed, TRAINING)
         keys = [jax.random.split(jax.random.fold_in(training, step - 1))[1] for step in steps]
@@ -122,14 +122,14 @@ def points(**changes):
 
 def test_a_batch_with_nan_costs_its_own_update(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "batches", damaged({5}))
-    train(points(), str(tmp_path), build.mean_flow_objective)
+    train(points(), str(tmp_path), objectives.mean_flow_objective)
     assert [lines(tmp_path)[step]["skipped"] for step in range(1, 9)] == [0, 0, 0, 0, 1, 0, 0, 0]
     assert "step 5 is left out: loss nan" in capsys.readouterr().err
     assert all(np.isfinite(leaf).all() for leaf in saved(tmp_path, 8).values())
 
 
 def test_batches_with_nan_from_a_step_on_stop_with_the_samples_named(tmp_path, monkeypatch):
-    objective = build.mean_flow_objective
+    objective = objectives.mean_flow_objective
     config = points(max_steps=12, skip_limit=3, save_interval=1, keep_checkpoints=2)
     with monkeypatch.context() as patch:
         patch.setattr(data, "batches", damaged(range(7, 99)))
@@ -177,5 +177,5 @@ def test_a_run_whose_data_stalls_says_so(tmp_path, monkeypatch, capsys):
             yield batch
 
     monkeypatch.setattr(data, "batches", slow)
-    train(points(max_steps=4, stall=0.2), str(tmp_path), build.flow_objective)
+    train(points(max_steps=4, stall=0.2), str(tmp_path), objectives.flow_objective)
     assert "has had no data for" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from pipelines import build, initial
+from pipelines import build, initial, objectives
 from pipelines.flow import FlowPipeline
 from pipelines.train import train
 from utils.cli import UserError
@@ -110,6 +110,43 @@ def test_other_labels_start_as_the_null_label(tmp_path, classes, capsys):
     assert "labels are others" in capsys.readouterr().err
 
 
+ROPE = {"positions": "rope", "norm": "rms", "mlp": "swiglu", "qk_norm": True}
+CHANGES = [  # of the network that is there, and of the one that begins as it
+    (ROPE, ROPE | {"guidance_inputs": True, "velocity_head": 1}),
+    ({"guidance_inputs": True, "velocity_head": 1}, {}),
+    ({"conditioning": "tokens"}, {"conditioning": "tokens", "velocity_head": 1}),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_what_a_network_gains_or_loses_changes_no_velocity(tmp_path, before, after):
+    """A second head says at first what the first says; guidance, told or no more, is none."""
+    theirs = random_pipeline(tmp_path / "flow", **before)
+    ours, _ = begun(tmp_path / "flow", **after)
+    z, t = inputs()
+    expected = theirs.velocity(z, t, t, LABELS)
+    assert np.std(expected) > 0.1
+    np.testing.assert_allclose(ours.velocity(z, t / 2, t, LABELS), expected, atol=5e-5)
+    apply = ours.network.heads or ours.network.apply
+    label = jnp.asarray(LABELS, jnp.int32)
+    told = (jnp.tile(jnp.array([[4.0, 0.2, 0.7]]), (4, 1)),) if ours.network.told else ()
+    found = apply(ours.params, jnp.asarray(z), jnp.asarray(t), jnp.asarray(t), label, None, *told)
+    for u in jax.tree.leaves(found):
+        np.testing.assert_allclose(u, expected, atol=5e-5)
+
+
+def test_what_is_told_by_tokens_stays(tmp_path):
+    random_pipeline(tmp_path / "flow", conditioning="tokens")
+    for other, told in (
+        ({"time_inputs": "t-r"}, "--model.time_inputs=t,t-r"),
+        ({"guidance_inputs": True}, "--model.guidance_inputs=False"),
+    ):
+        with pytest.raises(UserError, match=told):
+            begun(tmp_path / "flow", conditioning="tokens", **other)
+    with pytest.raises(UserError, match="must both have labels"):
+        begun(tmp_path / "flow", num_classes=0, conditioning="tokens")
+
+
 @pytest.mark.parametrize(
     ("model", "told"),
     [
@@ -118,6 +155,8 @@ def test_other_labels_start_as_the_null_label(tmp_path, classes, capsys):
         ({"depth": 2}, "is another network"),
         ({"time_scale": 2.0}, "--model.time_scale=1.0"),
         ({"time_inputs": "t-r"}, "--model.time_inputs with t"),
+        *(({key: value}, f"--model.{key}=") for key, value in ROPE.items()),
+        ({"conditioning": "tokens"}, "--model.conditioning=adaln"),
     ],
 )
 def test_another_network_is_refused_in_one_line(tmp_path, model, told):
@@ -131,7 +170,9 @@ def test_a_run_that_was_begun_so_goes_on_without_its_source(tmp_path, standard_p
     config = config_of()
     config.update({"init_from": str(tmp_path / "flow"), "save_interval": 1, "max_steps": 1})
     config.optimizer.lr = 1e-9
-    train(config.copy_and_resolve_references(), str(tmp_path / "run"), build.mean_flow_objective)
+    train(
+        config.copy_and_resolve_references(), str(tmp_path / "run"), objectives.mean_flow_objective
+    )
     run = FlowPipeline.from_pretrained(tmp_path / "run")
     z, t = inputs()
     np.testing.assert_allclose(run.velocity(z, t, t), theirs.velocity(z, t, t), atol=1e-4)
@@ -142,14 +183,14 @@ def test_a_run_that_was_begun_so_goes_on_without_its_source(tmp_path, standard_p
     bare = config.copy_and_resolve_references()
     bare.init_from = ""
     with pytest.raises(UserError, match="holds no whole checkpoint: give --init_from="):
-        train(bare, str(tmp_path / "run"), build.mean_flow_objective)
+        train(bare, str(tmp_path / "run"), objectives.mean_flow_objective)
     again = config.copy_and_resolve_references()
-    train(again, str(tmp_path / "run"), build.mean_flow_objective)
+    train(again, str(tmp_path / "run"), objectives.mean_flow_objective)
     run = FlowPipeline.from_pretrained(tmp_path / "run")
     np.testing.assert_allclose(run.velocity(z, t, t), theirs.velocity(z, t, t), atol=1e-4)
     # With a checkpoint it needs its source no more.
     shutil.rmtree(tmp_path / "flow")
     bare.max_steps = 2
-    train(bare, str(tmp_path / "run"), build.mean_flow_objective)
+    train(bare, str(tmp_path / "run"), objectives.mean_flow_objective)
     card = json.loads((tmp_path / "run/card.json").read_text())
     assert card["initialised_from"]["train_steps"] == 5

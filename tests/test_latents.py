@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from pipelines import build, groups, prepare, runs
+from pipelines import groups, objectives, prepare, runs
 from pipelines.flow import FlowPipeline
 from pipelines.plan import Plan
 from pipelines.pretrained import load_autoencoder
@@ -24,7 +24,10 @@ from utils.cli import UserError
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 COUNT, SIDE = 48, 16
-OBJECTIVES = {"flow_matching": build.flow_objective, "mean_flow": build.mean_flow_objective}
+OBJECTIVES = {
+    "flow_matching": objectives.flow_objective,
+    "mean_flow": objectives.mean_flow_objective,
+}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +133,7 @@ def test_pictures_are_split_as_their_latents(place):
 @thorough
 def test_a_run_on_prepared_pictures_shares_a_table_with_one_on_latents(place):
     config = small_config(place / "pixels", use_stable_vae=0)
-    train(config, str(place / "on_pixels"), build.flow_objective)
+    train(config, str(place / "on_pixels"), objectives.flow_objective)
     found = runs.load_runs([trained(place, "mean_flow"), place / "on_pixels"])
     assert found["on_pixels"].pipeline.shape == (SIDE, SIDE, 3)
     plan = Plan(features=("classifier",), cache_dir=str(place / "cache"))
@@ -193,7 +196,7 @@ def test_mistakes_are_told_in_one_line(place, tmp_path, changes, told):
         if changes.get(key):
             changes[key] = str(place / changes[key])
     with pytest.raises(UserError, match=told) as error:
-        train(small_config(**changes), str(tmp_path / "run"), build.flow_objective)
+        train(small_config(**changes), str(tmp_path / "run"), objectives.flow_objective)
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
@@ -204,7 +207,7 @@ def test_what_has_no_mirrored_side_is_not_flipped(place, tmp_path, cache):
         prepare.prepare(plan_of(place / "pictures", place / "plain", place / "kl"))
     with pytest.raises(UserError, match="no mirrored moments: prepare it with --flip"):
         config = small_config(place / "plain", cache=cache)
-        train(config, str(tmp_path / "run"), build.flow_objective)
+        train(config, str(tmp_path / "run"), objectives.flow_objective)
     assert not (tmp_path / "run").exists()
 
 
@@ -232,14 +235,14 @@ def test_latents_without_their_copy_of_the_autoencoder(place, tmp_path):
     shutil.copytree(place / "data", tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "autoencoder")
     with pytest.raises(UserError, match="no copy of the autoencoder: give --autoencoder=FOLDER"):
-        train(small_config(tmp_path / "data"), str(tmp_path / "run"), build.flow_objective)
+        train(small_config(tmp_path / "data"), str(tmp_path / "run"), objectives.flow_objective)
     config = small_config(tmp_path / "data", autoencoder=str(place / "kl"))
-    train(config, str(tmp_path / "run"), build.flow_objective)
+    train(config, str(tmp_path / "run"), objectives.flow_objective)
 
 
 def test_other_data_in_the_same_folder_is_another_run(place, tmp_path):
     run = tmp_path / "run"
-    train(small_config(place / "data"), str(run), build.flow_objective)
+    train(small_config(place / "data"), str(run), objectives.flow_objective)
     write_pictures(tmp_path / "pictures", COUNT + 1)
     plan = prepare.Plan(
         str(tmp_path / "pictures"),
@@ -250,7 +253,7 @@ def test_other_data_in_the_same_folder_is_another_run(place, tmp_path):
     )
     prepare.prepare(plan)
     with pytest.raises(UserError, match="holds a run on folder"):
-        train(small_config(tmp_path / "data", max_steps=12), str(run), build.flow_objective)
+        train(small_config(tmp_path / "data", max_steps=12), str(run), objectives.flow_objective)
     assert shards.read_card(tmp_path / "data").count == COUNT + 1
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from flows import times
+from flows.draws import SampleKeys, drop_labels, normal
 from flows.guidance import effective_scale, guided_target, guided_velocity, network_calls
-from flows.objectives import SampleKeys, drop_labels, flow_matching, mean_flow, normal
+from flows.objectives import flow_matching, mean_flow
 from flows.path import interpolate, like, velocity
 from models.dit import DiT
 from models.mlp import MLP

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from pipelines import build, runs, train
+from pipelines import objectives, runs, train
 from pipelines.flow import FlowPipeline
 from utils.cli import UserError
 
@@ -29,7 +29,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.chdir(tmp_path_factory.mktemp("cwd"))  # the cache lies below
-        train.train(config, str(path), build.flow_objective)
+        train.train(config, str(path), objectives.flow_objective)
     return path
 
 

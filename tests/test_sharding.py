@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import digits, imagenet256
-from pipelines import build
+from pipelines import build, objectives
 from tests.conftest import THOROUGH
 from utils import data, sharding
 from utils.cli import UserError
@@ -27,7 +27,10 @@ from utils.sharding import (
 from utils.step import init_state, make_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-OBJECTIVES = {"flow_matching": build.flow_objective, "mean_flow": build.mean_flow_objective}
+OBJECTIVES = {
+    "flow_matching": objectives.flow_objective,
+    "mean_flow": objectives.mean_flow_objective,
+}
 MESHES = [(n // fsdp, fsdp) for n in (2, 4, 8) for fsdp in (1, 2, 4, 8) if fsdp <= n]
 FEW = [(8, 1), (2, 4)]
 FIFTY = [*itertools.product(["mean_flow"], FEW), ("flow_matching", FEW[-1])]
@@ -147,7 +150,7 @@ def test_a_new_state_lies_where_the_old_one_lay(monkeypatch):
     encode = build.autoencoder(config, (8, 8, 1)).sample
     batch = {"x": np.zeros((8, 8, 8, 1), np.uint8), "label": np.zeros(8, np.int32)}
     batch["position"] = np.arange(8, dtype=np.int32)
-    step = make_step(config, network.apply, build.flow_objective(config, 10), encode, mesh)
+    step = make_step(config, network.apply, objectives.flow_objective(config, 10), encode, mesh)
     state, _ = step(state, to_global(mesh, batch))
     assert jax.tree.map(lambda a: a.sharding.spec, state) == places
     for leaf in jax.tree.leaves(state):

@@ -17,7 +17,7 @@ import pytest
 from configs import digits, toy
 from flows.samplers import grid_of
 from models.autoencoder import Autoencoder
-from pipelines import build, measure
+from pipelines import build, measure, objectives
 from pipelines.extractors import Extractor
 from pipelines.flow import FlowPipeline, make_sampler, noise_of, numbers_of
 from pipelines.train import abstract_arguments, train
@@ -241,7 +241,7 @@ def test_a_run_compiles_its_step_once(tmp_path, monkeypatch):
     for steps in (2, 4):
         config.max_steps = steps
         with compiled() as names:
-            train(config, str(tmp_path), build.flow_objective)
+            train(config, str(tmp_path), objectives.flow_objective)
         assert names.count("step") == 1, names
 
 

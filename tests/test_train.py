@@ -12,17 +12,21 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import digits
-from pipelines import build
+from pipelines import build, objectives
 from pipelines.train import train
 from utils import data, sharding
 from utils.checkpoint import Checkpoints
 from utils.cli import UserError
+from utils.optimizers import make_optimizer
 from utils.sharding import born_sharded, make_mesh, state_sharding, to_global
-from utils.step import init_state, make_optimizer, make_step, update_ema
+from utils.step import init_state, make_step
 from utils.train import Meter, check_batch
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-OBJECTIVES = {"flow_matching": build.flow_objective, "mean_flow": build.mean_flow_objective}
+OBJECTIVES = {
+    "flow_matching": objectives.flow_objective,
+    "mean_flow": objectives.mean_flow_objective,
+}
 
 
 def small_config(**changes) -> ConfigDict:
@@ -93,7 +97,7 @@ def run(workdir, steps: int, seen: list | None = None):
     config = small_config(max_steps=steps, save_interval=20, eval_interval=1000, log_interval=10)
     config.model.depth = 1
     if seen is None:
-        return train(config, str(workdir), build.mean_flow_objective)
+        return train(config, str(workdir), objectives.mean_flow_objective)
     spied = data.batches
 
     def spy(*args, **kwargs):
@@ -103,7 +107,7 @@ def run(workdir, steps: int, seen: list | None = None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "batches", spy)
-        return train(config, str(workdir), build.mean_flow_objective)
+        return train(config, str(workdir), objectives.mean_flow_objective)
 
 
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
@@ -147,9 +151,9 @@ def test_a_workdir_with_another_config_is_refused_and_kept(tmp_path):
     before = (tmp_path / "config.json").read_text()
     config = small_config(max_steps=40)
     with pytest.raises(UserError, match=r"another run, with .*model.depth=1 \(now 2\)"):
-        train(config, str(tmp_path), build.mean_flow_objective)
+        train(config, str(tmp_path), objectives.mean_flow_objective)
     with pytest.raises(UserError, match="objective=mean_flow"):
-        train(small_config(max_steps=40), str(tmp_path), build.flow_objective)
+        train(small_config(max_steps=40), str(tmp_path), objectives.flow_objective)
     assert (tmp_path / "config.json").read_text() == before
 
 
@@ -161,7 +165,7 @@ def test_a_workdir_with_other_data_is_refused(tmp_path):
         other = data.load(config)._replace(fingerprint="0123456789ab")
         patch.setattr(data, "load", lambda config: other)
         with pytest.raises(UserError, match="the data here is digits 0123456789ab"):
-            train(config, str(tmp_path), build.mean_flow_objective)
+            train(config, str(tmp_path), objectives.mean_flow_objective)
 
 
 def test_a_run_that_saved_nothing_does_not_lock_its_folder(tmp_path):
@@ -169,14 +173,6 @@ def test_a_run_that_saved_nothing_does_not_lock_its_folder(tmp_path):
     run(tmp_path, 20)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest == 20
-
-
-def test_average_of_known_parameters():
-    ema = {"0.9": {"w": jnp.array([1.0])}}
-    before = update_ema(ema, {"w": jnp.array([3.0])}, jnp.array(4), start_step=5)
-    after = update_ema(ema, {"w": jnp.array([3.0])}, jnp.array(5), start_step=5)
-    np.testing.assert_allclose(before["0.9"]["w"], [3.0])
-    np.testing.assert_allclose(after["0.9"]["w"], [0.9 * 1.0 + 0.1 * 3.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
