@@ -121,7 +121,7 @@ def _model() -> dict:
         "class_dropout_prob": 0.1,  # label → null label, for guidance
         "time_inputs": "t,t-r",  # what the network is told: "t", "t,r", "t,t-r" or "t-r"
         "time_scale": 1.0,  # of the times; above 1 MeanFlow diverges: for imported weights alone
-        # velocity; data, x = z − t u, for pixels; or noise, of DiT's diffusion. models/prediction.py
+        # velocity; data, x = z − t u, for pixels; or noise, of DiT's diffusion
         "prediction": "velocity",
         # Of a DiT: positions absolute or rope; mlp gelu or swiglu; norm layer or rms; conditioning
         # adaln (adaLN-Zero) or tokens (in context).

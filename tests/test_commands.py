@@ -93,6 +93,24 @@ def test_published_recipes(variant):
     assert objectives.trained_guidance(config) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("variant", "objective", "classes", "options"),
+    [
+        *((f"imagenet256.py:improved_{n}", "improved_mean_flow", 1000, {}) for n in ("b2", "xl2")),
+        ("imagenet256.py:alpha_xl2", "alpha_flow", 1000, {"omega": 0.2, "kappa": 0.92}),
+        ("celebahq256.py:shortcut_b2", "shortcut", 0, {"levels": 7, "interval_share": 0.125}),
+        ("cifar10.py:meanflow", "mean_flow", 10, {"interval_share": 0.75, "p": 0.75}),
+        ("cifar10.py:improved", "improved_mean_flow", 10, {}),
+    ],
+)
+def test_recipes_name_their_objective(variant, objective, classes, options):
+    config = config_of(f"--config=configs/{variant}")
+    build.check_ranges(config)
+    bound = objectives.average_objective(config, classes, local=8)
+    assert bound.func.__name__ == objective
+    assert options.items() <= bound.keywords.items()
+
+
 def test_without_flags_the_embedded_digits():
     config = config_of("")
     assert config.dataset_name == "digits" and config.objective == ""
