@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from configs import base
 from models.autoencoder_kl import AutoencoderKL
 from models.autoencoder_tiny import AutoencoderTiny
-from models.layers import TIME_INPUTS
+from models.layers import GUIDANCE, TIME_INPUTS, token_count, told_times
 from pipelines import build, model_card, runs
 from pipelines.flow import FlowPipeline
 from pipelines.pretrained import CONFIG, KL_SCALING, SAFETENSORS, Pretrained, load_autoencoder
@@ -47,6 +47,11 @@ FREQUENCIES = 256  # that `models.layers.sinusoids` embeds a time as
 
 # Names in `models.dit` and in the file; `{}` is a block's number. All are of a kernel and a bias.
 LAYERS = {
+    **{
+        f"condition.{name}.{layer}": f"{name}_embedder.mlp.{number}"
+        for name in GUIDANCE
+        for layer, number in (("in", 0), ("out", 2))
+    },
     "condition.time_t.in": "t_embedder.mlp.0",
     "condition.time_t.out": "t_embedder.mlp.2",
     "condition.time_r.in": "r_embedder.mlp.0",
@@ -67,7 +72,20 @@ KEYS = {  # of a config's `model`, and of the transformer's config.json
     **{"depth": "num_layers", "num_heads": "num_attention_heads"},
     **{key: key for key in ("time_scale", "prediction")},
 }
-LABEL = "condition.label.embedding", "y_embedder.embedding_table.weight"
+YOUNGER = ("positions", "mlp", "norm", "qk_norm", "conditioning", "guidance_inputs")
+KEYS |= {key: key for key in YOUNGER}  # that files written before November 2026 lack
+NAMES = ("label", *GUIDANCE, *(f"time_{name}" for name in TIME_INPUTS))
+ARRAYS = {  # those that lie as they are, without a kernel and a bias
+    "condition.label.embedding": "y_embedder.embedding_table.weight",
+    **{f"condition.{name}_tokens": f"tokens.{name}" for name in NAMES},
+    **{f"blocks.attention.{x}_norm": f"blocks.{{}}.attn.{x}_norm.weight" for x in "qk"},
+    **{
+        "blocks.attention_norm": "blocks.{}.norm1.weight",
+        "blocks.mlp_norm": "blocks.{}.norm2.weight",
+    },
+    **{"blocks.attention_gate": "blocks.{}.attn_gate", "blocks.mlp_gate": "blocks.{}.mlp_gate"},
+    "head.norm": "final_layer.norm.weight",
+}
 
 Tensors = dict[str, np.ndarray]
 
@@ -166,12 +184,14 @@ def write_diffusers(
         )
     name = os.fspath(folder)
     readme = model_card.text(config, card, library="diffusers", name=name)
-    tensors = to_torch_names(jax.device_get(pipeline.params), transformer)
+    params = without_second_head(jax.device_get(pipeline.params))
+    tensors = to_torch_names(params, transformer)
     _write_part(out / "transformer", transformer, tensors, dtype)
     if autoencoder is not None and known:
         _write_autoencoder(out / VAE, autoencoder)
     _copy_code(out)
     written = {**config.to_dict(), "autoencoder": ""}
+    written["model"] = {**written["model"], "velocity_head": 0}  # which training alone needs
     write_json(out / TRAINING / CONFIG, written)
     write_json(out / TRAINING / "card.json", card)
     files.write(out / "README.md", readme)
@@ -226,6 +246,16 @@ def index(config: ConfigDict, card: dict[str, Any], vae: str | None) -> dict[str
     }
 
 
+def without_second_head(params: Any) -> Any:
+    """What computes u: the blocks that u has of its own come after the shared ones."""
+    if "blocks_v" not in params:
+        return params
+    kept = {k: v for k, v in params.items() if k not in ("blocks_u", "blocks_v", "head_v")}
+    parts = [params[name] for name in ("blocks", "blocks_u") if name in params]
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    return {**kept, "blocks": joined}
+
+
 def to_torch_names(params: Any, transformer: Mapping[str, Any]) -> Tensors:
     """Parameters of `models.dit.DiT` → tensors by their names in the file, types as they are.
 
@@ -236,15 +266,12 @@ def to_torch_names(params: Any, transformer: Mapping[str, Any]) -> Tensors:
     for name, array in flatten_dict(params, sep=".").items():
         array = np.asarray(array)
         layer, _, leaf = name.rpartition(".")
-        if name == LABEL[0]:
-            tensors[LABEL[1]] = array
-            continue
-        new = f"{LAYERS[layer]}.{'weight' if leaf == 'kernel' else 'bias'}"
+        new = ARRAYS.get(name) or f"{LAYERS[layer]}.{'weight' if leaf == 'kernel' else 'bias'}"
         array = np.swapaxes(array, -1, -2) if leaf == "kernel" else array
         if name == "patch.kernel":  # p, q and c of `models.dit.patches`
             side, channels = transformer["patch_size"], transformer["in_channels"]
             array = array.reshape(-1, side, side, channels).transpose(0, 3, 1, 2)
-        if layer.startswith("blocks."):
+        if name.startswith("blocks."):
             tensors |= {new.format(i): part for i, part in enumerate(array)}
         else:
             tensors[new] = array
@@ -257,6 +284,28 @@ def from_torch_names(tensors: Mapping[str, np.ndarray], transformer: Mapping[str
     Raises:
       UserError: a tensor is missing, left over or of another shape; it names the first.
     """
+    _check_tensors(tensors, transformer)
+    flat, depth = {}, transformer["num_layers"]
+    for name, new in ARRAYS.items():
+        if new.format(0) in tensors:
+            parts = [tensors[new.format(i)] for i in range(depth)] if "{}" in new else ()
+            flat[name] = np.stack(parts) if parts else tensors[new]
+    for layer, new in LAYERS.items():
+        for leaf, kind in (("kernel", "weight"), ("bias", "bias")):
+            name = f"{new}.{kind}"
+            if name.format(0) not in tensors:  # of what this network is not told, or has not
+                continue
+            blocks = layer.startswith("blocks.")
+            parts = [tensors[name.format(i)] for i in range(depth if blocks else 1)]
+            if layer == "patch" and leaf == "kernel":
+                parts = [part.transpose(0, 2, 3, 1).reshape(len(part), -1) for part in parts]
+            parts = [part.T if leaf == "kernel" else part for part in parts]
+            flat[f"{layer}.{leaf}"] = np.stack(parts) if blocks else parts[0].copy()
+    return unflatten_dict(flat, sep=".")
+
+
+def _check_tensors(tensors: Mapping[str, np.ndarray], transformer: Mapping[str, Any]) -> None:
+    """Raises UserError where a tensor is missing, left over or of another shape."""
     shapes = torch_shapes(transformer)
     for problem, names in (
         ("lacks", sorted(shapes.keys() - tensors.keys())),
@@ -272,20 +321,6 @@ def from_torch_names(tensors: Mapping[str, np.ndarray], transformer: Mapping[str
             raise UserError(
                 f"{name} has the shape {tensors[name].shape}, and its config.json means {shape}"
             )
-    flat = {LABEL[0]: tensors[LABEL[1]]} if LABEL[1] in tensors else {}
-    depth = transformer["num_layers"]
-    for layer, new in LAYERS.items():
-        for leaf, kind in (("kernel", "weight"), ("bias", "bias")):
-            name = f"{new}.{kind}"
-            if name.format(0) not in tensors:  # a time that this network is not told
-                continue
-            blocks = layer.startswith("blocks.")
-            parts = [tensors[name.format(i)] for i in range(depth if blocks else 1)]
-            if layer == "patch" and leaf == "kernel":
-                parts = [part.transpose(0, 2, 3, 1).reshape(len(part), -1) for part in parts]
-            parts = [part.T if leaf == "kernel" else part for part in parts]
-            flat[f"{layer}.{leaf}"] = np.stack(parts) if blocks else parts[0].copy()
-    return unflatten_dict(flat, sep=".")
 
 
 def torch_shapes(transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -293,19 +328,42 @@ def torch_shapes(transformer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     c = transformer
     d, channels, side = c["hidden_size"], c["in_channels"], c["patch_size"]
     hidden, pixels = round(c["mlp_ratio"] * d), side**2 * channels
+    between = hidden * (2 if c["mlp"] == "swiglu" else 1)
     of = {"t": "t", "r": "r", "t-r": "d"}
+    names = [of[name] for name in told_times(c["time_inputs"])]
     layers: dict[str, tuple[int, ...]] = {"x_embedder.proj": (d, channels, side, side)}
-    for told in c["time_inputs"].split(","):
-        layers |= {f"{of[told]}_embedder.mlp.0": (d, FREQUENCIES)}
-        layers |= {f"{of[told]}_embedder.mlp.2": (d, d)}
+    for name in names + list(GUIDANCE) * c["guidance_inputs"]:
+        layers |= {f"{name}_embedder.mlp.0": (d, FREQUENCIES), f"{name}_embedder.mlp.2": (d, d)}
+    adaln = c["conditioning"] == "adaln"
     for i in range(c["num_layers"]):
         layers |= {f"blocks.{i}.attn.qkv": (3 * d, d), f"blocks.{i}.attn.proj": (d, d)}
-        layers |= {f"blocks.{i}.mlp.fc1": (hidden, d), f"blocks.{i}.mlp.fc2": (d, hidden)}
-        layers |= {f"blocks.{i}.adaLN_modulation.1": (6 * d, d)}
-    layers |= {"final_layer.adaLN_modulation.1": (2 * d, d), "final_layer.linear": (pixels, d)}
+        layers |= {f"blocks.{i}.mlp.fc1": (between, d), f"blocks.{i}.mlp.fc2": (d, hidden)}
+        layers |= {f"blocks.{i}.adaLN_modulation.1": (6 * d, d)} if adaln else {}
+    layers |= {"final_layer.adaLN_modulation.1": (2 * d, d)} if adaln else {}
+    layers |= {"final_layer.linear": (pixels, d)}
     shapes = {f"{name}.weight": shape for name, shape in layers.items()}
     shapes |= {f"{name}.bias": shape[:1] for name, shape in layers.items()}
-    return shapes | ({LABEL[1]: (c["num_classes"] + 1, d)} if c["num_classes"] else {})
+    return shapes | _array_shapes(c)
+
+
+def _array_shapes(c: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Those of them that are no layer's kernel or bias."""
+    d, head = c["hidden_size"], c["hidden_size"] // c["num_attention_heads"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    if c["num_classes"]:
+        shapes[ARRAYS["condition.label.embedding"]] = (c["num_classes"] + 1, d)
+    of_block = {f"blocks.attention.{x}_norm": (head,) for x in "qk" if c["qk_norm"]}
+    if c["conditioning"] == "tokens":
+        told = [f"time_{name}" for name in told_times(c["time_inputs"])]
+        told += ["label"] * bool(c["num_classes"]) + list(GUIDANCE) * c["guidance_inputs"]
+        shapes |= {f"tokens.{name}": (token_count(name), d) for name in told}
+        shapes[ARRAYS["head.norm"]] = (d,)
+        of_block |= {
+            f"blocks.{x}_{y}": (d,) for x in ("attention", "mlp") for y in ("norm", "gate")
+        }
+    for i in range(c["num_layers"]):
+        shapes |= {ARRAYS[name].format(i): shape for name, shape in of_block.items()}
+    return shapes
 
 
 def _write_part(folder: epath.Path, config: dict[str, Any], tensors: Tensors, dtype: str) -> None:
@@ -405,7 +463,8 @@ def read_diffusers(folder: str | os.PathLike) -> tuple[ConfigDict, dict[str, Any
             f"{path} holds a {described.get('_class_name')}, no pipeline that export_diffusers.py "
             "wrote: only those can be read back"
         )
-    config, card = _described(path, described, read_json(part / CONFIG))
+    younger = {key: base.get_config().model[key] for key in YOUNGER}
+    config, card = _described(path, described, younger | read_json(part / CONFIG))
     try:
         tensors = safetensors.numpy.load_file(part / SAFETENSORS)
     except (OSError, safetensors.SafetensorError, ValueError, KeyError) as error:

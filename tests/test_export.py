@@ -44,8 +44,12 @@ def random_pipeline(
     built = FlowPipeline.build(config, card)
     rng = np.random.default_rng(0)
     abstract = jax.eval_shape(built.network.init, jax.random.key(0))
-    draw = lambda a: (0.15 * rng.normal(size=a.shape)).astype(np.float32)  # noqa: E731
-    return built.with_params(jax.tree.map(draw, abstract))
+
+    def draw(path, a):
+        about = 1 if "norm" in jax.tree_util.keystr(path) else 0
+        return (about + 0.15 * rng.normal(size=a.shape)).astype(np.float32)
+
+    return built.with_params(jax.tree_util.tree_map_with_path(draw, abstract))
 
 
 def leaves(params) -> dict[str, np.ndarray]:
@@ -97,6 +101,13 @@ OPTIONS = [
     ("mean_flow", 10, (8, 8, 1), {}),
     ("mean_flow", 0, (8, 12, 3), {"time_inputs": "r, t-r", "patch_size": 4, "mlp_ratio": 2.55}),
     ("flow_matching", 3, (4, 4, 4), {"time_inputs": "t", "prediction": "noise", "time_scale": 2.0}),
+    ("mean_flow", 10, (8, 8, 1), {"positions": "rope", "norm": "rms", "qk_norm": True}),
+    (
+        "mean_flow",
+        0,
+        (8, 8, 1),
+        {"conditioning": "tokens", "mlp": "swiglu", "guidance_inputs": True},
+    ),
 ]
 
 
@@ -120,6 +131,30 @@ def test_there_and_back(tmp_path, objective, classes, shape, model):
         assert all(back[k].dtype == np.float32 for k in back)
         assert all(np.array_equal(back[k], first[k]) for k in first)
         FlowPipeline.build(config, card, params)
+
+
+def test_the_second_head_stays_behind(tmp_path):
+    """What comes back is u, in a network without one."""
+    model = {"velocity_head": 1, "guidance_inputs": True, "conditioning": "tokens", "norm": "rms"}
+    ours = random_pipeline("improved_mean_flow", 10, (8, 8, 1), tuple(model.items()))
+    write_diffusers(ours, tmp_path)
+    config, card, params = read_diffusers(tmp_path)
+    assert config.model.velocity_head == 0 and config.model.guidance_inputs
+    back = FlowPipeline.build(config, card, params)
+    z = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
+    t = np.array([0.3, 1.0], np.float32)
+    right = ours.velocity(z, t / 2, t, np.array([3, 10]))
+    assert np.abs(right).max() > 0.1
+    np.testing.assert_allclose(back.velocity(z, t / 2, t, np.array([3, 10])), right, atol=1e-5)
+
+
+def test_folders_older_than_an_option(written):
+    """A transformer's config.json that knows nothing of positions, norms and so on."""
+    path = written / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in export.YOUNGER}))
+    params = leaves(read_diffusers(written)[2])
+    assert all(np.array_equal(params[k], a) for k, a in leaves(small().params).items())
 
 
 def test_layers_lie_as_torch_has_them(tmp_path):
@@ -259,6 +294,9 @@ def test_networks_that_diffusers_cannot_be_given(tmp_path):
     points = random_pipeline("mean_flow", 0, (2,), (("name", "mlp"),))
     with pytest.raises(UserError, match=r"only a DiT on pictures .* this network is of points"):
         write_diffusers(points, tmp_path)
+    unet = random_pipeline("mean_flow", 10, (8, 8, 1), (("name", "unet"), ("depth", 1)))
+    with pytest.raises(UserError, match=r"this network is of model\.name=unet: scripts/export"):
+        write_diffusers(unet, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

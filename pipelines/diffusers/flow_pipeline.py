@@ -38,7 +38,8 @@ class FlowPipeline(DiffusionPipeline):
       transformer: the `FlowTransformer2DModel` beside this file.
       vae: `AutoencoderKL` or `AutoencoderTiny` for a network on latents; None: on pixels, or the
         latents are for another decoder.
-      objective: what it was trained for: flow_matching or mean_flow.
+      objective: what it was trained for: flow_matching, mean_flow or another that teaches average
+        velocities.
       latents: whether the network sees latents of an autoencoder.
       id2label: {"0": name of the class 0, …}, if the classes have names.
     """
@@ -82,8 +83,9 @@ class FlowPipeline(DiffusionPipeline):
           class_labels: numbers, or names where the classes have them; one for all, or one for each,
             as a list, an array or a tensor. The number of classes stands for no label. None: drawn
             by the generator.
-          num_inference_steps: default 1 for MeanFlow, 32 for flow matching.
-          guidance_scale: of classifier-free guidance, which doubles the network's work; 1: none.
+          num_inference_steps: default 1 for average velocities, 32 for flow matching.
+          guidance_scale: of classifier-free guidance, which doubles the network's work unless it is
+            an input of the network; 1: none.
           generator: of the noise, then of the labels; a list has one for all, or one for each.
           num_samples: how many pictures; default one for each label, or for each of `latents`.
           height, width: of the pictures; the model makes one size.
@@ -104,6 +106,8 @@ class FlowPipeline(DiffusionPipeline):
         z = self._noise(count, generator, latents, device)
         labels = self._labels(asked, count, generator, device)
         times = self._times(num_inference_steps, timesteps)
+        if sampler == "meanflow" and self.config.objective == "consistency" and len(times) > 2:
+            raise ValueError("consistency training teaches one step: num_inference_steps=1")
         velocity = self._guided(labels, guidance_scale, guidance_interval)
         with self.progress_bar(total=len(times) - 1) as bar:
             for t, r in pairwise(times):
@@ -121,16 +125,13 @@ class FlowPipeline(DiffusionPipeline):
 
     def _check(self, sampler, guidance_scale, output_type, height, width) -> str:
         """Raises ValueError where the model cannot serve; returns the sampler."""
-        average = self.config.objective == "mean_flow"
+        average = self.config.objective != "flow_matching"
         sampler = sampler or ("meanflow" if average else "euler")
         if sampler not in SAMPLERS:
             raise ValueError(f"no sampler {sampler!r}: one of {', '.join(SAMPLERS)}")
         if sampler == "meanflow" and not average:
             raise ValueError("sampler meanflow needs a network of MeanFlow: use euler or heun")
-        if guidance_scale != 1 and not self.transformer.config.num_classes:
-            raise ValueError(f"guidance_scale={guidance_scale}: the network knows no labels, use 1")
-        if not abs(guidance_scale) < 1e6:
-            raise ValueError(f"guidance_scale={guidance_scale}: a finite number, 1 for none")
+        self._check_guidance(guidance_scale)
         if output_type not in OUTPUTS:
             raise ValueError(f"no output_type {output_type!r}: one of {', '.join(OUTPUTS)}")
         if output_type != "latent" and self.config.latents and self.vae is None:
@@ -148,6 +149,15 @@ class FlowPipeline(DiffusionPipeline):
             if given not in (None, own):
                 raise ValueError(f"{name}={given}: this model makes {size[0]}×{size[1]}")
         return sampler
+
+    def _check_guidance(self, guidance_scale) -> None:
+        """Raises ValueError where the model cannot be guided so."""
+        if guidance_scale != 1 and not self.transformer.config.num_classes:
+            raise ValueError(f"guidance_scale={guidance_scale}: the network knows no labels, use 1")
+        if not abs(guidance_scale) < 1e6:
+            raise ValueError(f"guidance_scale={guidance_scale}: a finite number, 1 for none")
+        if guidance_scale < 1 and self.transformer.config.get("guidance_inputs"):
+            raise ValueError(f"guidance_scale={guidance_scale}: the network was told 1 and above")
 
     def _count(self, asked: list | None, num_samples: int | None, latents, generator) -> int:
         """How many pictures; one label serves any number, and so does one generator."""
@@ -219,7 +229,8 @@ class FlowPipeline(DiffusionPipeline):
             if not (falling and len(times) > 1 and times[0] == 1 and times[-1] == 0):
                 raise ValueError(f"timesteps={times}: times that fall from 1 to 0")
             return times
-        steps = (1 if self.config.objective == "mean_flow" else 32) if steps is None else steps
+        if steps is None:
+            steps = 32 if self.config.objective == "flow_matching" else 1
         if not isinstance(steps, int | np.integer) or steps < 1:
             raise ValueError(f"num_inference_steps={steps}: a whole number, at least 1")
         return (1 - np.linspace(0, 1, steps + 1)).astype(np.float32).tolist()
@@ -227,19 +238,27 @@ class FlowPipeline(DiffusionPipeline):
     # How it is made
 
     def _guided(self, labels: Tensor | None, scale: float, interval: tuple[float, float]):
-        """The velocity u(∅) + scale · (u(c) − u(∅)), at times within the interval; else u(c)."""
+        """The velocity u(∅) + scale · (u(c) − u(∅)), at times within the interval; else u(c).
+
+        A network that is told scale and interval gives that by itself.
+        """
         if not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
             raise ValueError(f"guidance_interval={interval}: two times in [0, 1], the lower first")
         low, high = (_single(time) for time in interval)
+        told = self.transformer.config.get("guidance_inputs")
 
         def velocity(z: Tensor, r: float, t: float) -> Tensor:
             given = labels
-            guided = scale != 1 and low <= t <= high
+            guided = scale != 1 and low <= t <= high and not told
             if guided:
                 null = torch.full_like(labels, self.transformer.config.num_classes)
                 z, given = torch.cat([z, z]), torch.cat([labels, null])
             start, end = (torch.full((len(z),), time, device=z.device) for time in (r, t))
-            u = self.transformer(z, end, start, given).sample
+            numbers = {}
+            if told:
+                numbers["guidance"] = torch.tensor([[scale, low, high]], device=z.device)
+                numbers["guidance"] = numbers["guidance"].expand(len(z), 3)
+            u = self.transformer(z, end, start, given, **numbers).sample
             if not guided:
                 return u
             conditional, unconditional = u.chunk(2)

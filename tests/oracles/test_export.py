@@ -51,6 +51,10 @@ def opened(folder: pathlib.Path, **options) -> DiffusionPipeline:
 
 
 SCALED = {"time_inputs": "t", "time_scale": 1000.0, "patch_size": 1}
+IMPROVED = {
+    **{"positions": "rope", "mlp": "swiglu", "norm": "rms", "qk_norm": True, "time_inputs": "t-r"},
+    **{"conditioning": "tokens", "velocity_head": 1, "guidance_inputs": True},
+}
 # Objective, labels, shape, and what of `config.model` is not as usual.
 NETWORKS = {
     "mean_flow": ("mean_flow", 10, (8, 8, 1), {}),
@@ -59,6 +63,10 @@ NETWORKS = {
     "flow_matching": ("flow_matching", 10, (8, 8, 4), {}),
     "noise": ("flow_matching", 10, (8, 8, 4), {"time_inputs": "t", "prediction": "noise"}),
     "scaled": ("flow_matching", 0, (4, 4, 1), SCALED),
+    "rope": ("mean_flow", 10, (8, 8, 1), {"positions": "rope", "norm": "rms"}),
+    "swiglu": ("mean_flow", 0, (8, 8, 1), {"mlp": "swiglu", "qk_norm": True}),
+    "data": ("flow_matching", 10, (8, 12, 1), {"prediction": "data", "conditioning": "tokens"}),
+    "all": ("improved_mean_flow", 10, (8, 8, 1), IMPROVED),
 }
 
 
@@ -66,6 +74,7 @@ NETWORKS = {
 def both(name: str, root: pathlib.Path) -> tuple[FlowPipeline, DiffusionPipeline]:
     objective, classes, shape, model = NETWORKS[name]
     ours = random_pipeline(objective, classes, shape, tuple(model.items()))
+    ours.config.improved_mean_flow.omega_max = 8.0
     assert write_diffusers(ours, root / name) == []
     return ours, opened(root / name)
 
@@ -112,6 +121,19 @@ WAYS = [
     ),
     ("noise", {"steps": 4, "guidance": 2.0}, {"num_inference_steps": 4, "guidance_scale": 2.0}),
     ("scaled", {"steps": 3}, {"num_inference_steps": 3}),
+    ("rope", {"steps": 2}, {"num_inference_steps": 2}),
+    ("swiglu", {"steps": 2}, {"num_inference_steps": 2}),
+    ("data", {"steps": 3, "guidance": 2.0}, {"num_inference_steps": 3, "guidance_scale": 2.0}),
+    (
+        "all",
+        {"steps": 2, "guidance": 1.0},
+        {"num_inference_steps": 2},
+    ),
+    (
+        "all",
+        {"steps": 2, "guidance": 3.0, "guidance_interval": (0.2, 0.6)},
+        {"num_inference_steps": 2, "guidance_scale": 3.0, "guidance_interval": (0.2, 0.6)},
+    ),
 ]
 
 
