@@ -3,9 +3,11 @@
 MeanFlow from a flow: u(z, t, t) is the flow's velocity, and u is told of r by an embedding that
 has no effect until it has been trained, so at first u(z, r, t) = v(z, t); but for a flow that was
 told t and r, whose r always was t and has its effect. Labels that the other network does not know
-start as its null label.
+start as its null label. A second head begins as a copy of the first, so that v is u, and what is
+told of guidance has no effect yet.
 """
 
+import re
 import sys
 import zlib
 from collections.abc import Callable
@@ -20,14 +22,18 @@ from jax import Array
 from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
-from models.layers import sinusoids
+from models.layers import GUIDANCE, sinusoids
 from pipelines import build
 from pipelines.flow import FlowPipeline
 from pipelines.stored import read_json
 from utils.cli import UserError
 from utils.sharding import gathered
 
-FOLLOWED = ("name", "prediction", "time_scale")  # of the model, what tensors do not show
+# Of the model, what tensors do not show, or what one line says better than their names.
+FOLLOWED = (
+    *("name", "prediction", "time_scale", "positions", "mlp", "norm", "qk_norm", "conditioning"),
+    *("channel_multipliers", "attention_resolutions", "resample"),
+)
 
 
 def first(
@@ -70,8 +76,11 @@ def begin(config: ConfigDict, network: build.Network) -> tuple[Callable[[Array],
     source = FlowPipeline.from_pretrained(config.init_from)
     check_alike(source, config)
     fresh = jax.eval_shape(network.init, jax.random.key(0))
-    loaded = jax.device_get(source.params)
-    loaded["condition"] = fitted_condition(
+    loaded = with_heads(
+        jax.device_get(source.params), source.config.model.velocity_head, config.model.velocity_head
+    )
+    fitted = fitted_tokens if config.model.conditioning == "tokens" else fitted_condition
+    loaded["condition"] = fitted(
         loaded["condition"], fresh["condition"], source.config, config.model
     )
     check_shapes(loaded, fresh, config.init_from)
@@ -107,19 +116,51 @@ def check_alike(source: FlowPipeline, config: ConfigDict) -> None:
     theirs, ours = source.config.model, config.model
     for key in FOLLOWED:
         if theirs[key] != ours[key]:
+            value = theirs[key]
+            value = ",".join(map(str, value)) if isinstance(value, tuple) else value
             raise UserError(
-                f"init_from={config.init_from} has model.{key}={theirs[key]}: give "
-                f"--model.{key}={theirs[key]}, or another network"
+                f"init_from={config.init_from} has model.{key}={value}: give "
+                f"--model.{key}={value}, or another network"
             )
-    if ours.name != "dit":
-        return
-    heads = build.dit_sizes(theirs, source.shape)["num_heads"]
-    mine = build.dit_sizes(ours, source.shape)["num_heads"]
+    heads, mine = (_heads(model, source.shape) for model in (theirs, ours))
     if heads != mine:
         raise UserError(
             f"init_from={config.init_from} has {heads} heads, this network {mine}: give "
             f"--model.num_heads={heads}"
         )
+
+
+def _heads(model: ConfigDict, shape: tuple[int, ...]) -> int:
+    """The heads of its attention."""
+    if model.name == "dit":
+        return build.dit_sizes(model, shape)["num_heads"]
+    return model.num_heads or 1
+
+
+def with_heads(loaded: dict, there: int, here: int) -> dict:
+    """Parameters of a network whose second head has `there` blocks, for one in which it has `here`.
+
+    The last blocks become those of both heads; where no second head is wanted, v's go. u stays.
+
+    Raises:
+      UserError: heads of other numbers of blocks, both with a second one.
+    """
+    if there == here:
+        return loaded
+    if there and here:
+        raise UserError(
+            f"init_from has model.velocity_head={there}: give --model.velocity_head={there}"
+        )
+    kept = {k: v for k, v in loaded.items() if not k.startswith("blocks") and k != "head_v"}
+    if there:
+        parts = [loaded[name] for name in ("blocks", "blocks_u") if name in loaded]
+        return kept | {"blocks": jax.tree.map(lambda *a: np.concatenate(a), *parts)}
+    first, last = (
+        jax.tree.map(lambda a, part=part: a[part], loaded["blocks"])
+        for part in (slice(None, -here), slice(-here, None))
+    )
+    shared = {"blocks": first} if len(jax.tree.leaves(first)[0]) else {}
+    return kept | shared | {"blocks_u": last, "blocks_v": last, "head_v": loaded["head"]}
 
 
 def fitted_condition(loaded: dict, fresh: dict, source: ConfigDict, model: ConfigDict) -> dict:
@@ -140,11 +181,18 @@ def fitted_condition(loaded: dict, fresh: dict, source: ConfigDict, model: Confi
         raise UserError(
             f"init_from is told {','.join(given)}: give --model.time_inputs with {missing[0]}"
         )
-    constant = sum(embedded_zero(loaded[f"time_{name}"]) for name in still & set(given))
+    constant: np.ndarray | float = sum(
+        (embedded_at(loaded[f"time_{name}"], 0) for name in still & set(given)), 0.0
+    )
     fitted = {f"time_{name}": loaded[f"time_{name}"] for name in kept}
-    for name in set(wanted) - set(kept):
-        out = fresh[f"time_{name}"]["out"]
-        fitted[f"time_{name}"] = {"out": {k: np.zeros(v.shape) for k, v in out.items()}}
+    told = [name for name in GUIDANCE if name in fresh]
+    fitted |= {name: loaded[name] for name in told if name in loaded}
+    for name in [f"time_{name}" for name in wanted] + told:
+        if name not in fitted:
+            fitted[name] = {"out": {k: np.zeros(v.shape) for k, v in fresh[name]["out"].items()}}
+    if "omega" in loaded and not told:  # as without guidance
+        unguided = zip(GUIDANCE, (0, 0, 1), strict=True)
+        constant += sum(embedded_at(loaded[name], value) for name, value in unguided)
     width = len(loaded[f"time_{given[0]}"]["out"]["bias"])
     table = loaded["label"]["embedding"] if "label" in loaded else np.zeros((1, width))
     if "label" not in fresh:
@@ -158,10 +206,40 @@ def fitted_condition(loaded: dict, fresh: dict, source: ConfigDict, model: Confi
     return fitted | {f"time_{kept[0]}": {**first, "out": out}}
 
 
-def embedded_zero(embedder: dict) -> np.ndarray:
-    """What `models.layers.TimeEmbedder` makes of time 0, (hidden_size,)."""
+def fitted_tokens(loaded: dict, fresh: dict, source: ConfigDict, model: ConfigDict) -> dict:
+    """The same for what is told by tokens, of which there must be as many: each has its effect.
+
+    Raises:
+      UserError: the new network is told something else.
+    """
+    told = build.told(source.model)
+    words = {"time_inputs": ",".join(told), "guidance_inputs": source.model.guidance_inputs}
+    ours = {"time_inputs": ",".join(build.told(model)), "guidance_inputs": model.guidance_inputs}
+    for key, value in words.items():
+        if ours[key] != value:
+            raise UserError(
+                f"init_from has model.{key}={value}, told by tokens: give --model.{key}={value}"
+            )
+    if ("label" in loaded) != ("label" in fresh):
+        raise UserError(
+            "init_from and this data set must both have labels, or neither: they are told by "
+            "tokens; give another --init_from"
+        )
+    fitted = dict(loaded)
+    if source.objective == "flow_matching" and "t-r" in told:  # t − r was always 0
+        embedder, tokens = loaded["time_t-r"], "time_t-r_tokens"
+        fitted["time_t-r"] = {"out": {k: np.zeros(v.shape) for k, v in embedder["out"].items()}}
+        fitted[tokens] = loaded[tokens] + embedded_at(embedder, 0)
+    if "label" in fresh and fresh["label"]["embedding"].shape != loaded["label"]["embedding"].shape:
+        count = len(fresh["label"]["embedding"])
+        fitted["label"] = {"embedding": np.repeat(loaded["label"]["embedding"][-1:], count, 0)}
+    return fitted
+
+
+def embedded_at(embedder: dict, value: float) -> np.ndarray:
+    """What `models.layers.TimeEmbedder` makes of a time, (hidden_size,)."""
     first, second = embedder["in"], embedder["out"]
-    h = sinusoids(jnp.zeros(1))[0] @ first["kernel"] + first["bias"]
+    h = sinusoids(jnp.full(1, value))[0] @ first["kernel"] + first["bias"]
     return np.asarray(jax.nn.silu(h) @ second["kernel"] + second["bias"])
 
 
@@ -180,7 +258,8 @@ def check_shapes(loaded: Any, fresh: Any, path: str) -> None:
         {k: v.shape for k, v in flatten_dict(tree, sep=".").items()} for tree in (loaded, fresh)
     )
     wrong = [k for k in sorted(found.keys() | wanted.keys()) if found.get(k) != wanted.get(k)]
-    wrong = [k for k in wrong if not (k.startswith("condition.time_") and k not in found)]
+    fresh_layers = re.compile(r"condition\..*\.in\.")  # of what is told anew
+    wrong = [k for k in wrong if k in found or not fresh_layers.match(k)]
     if wrong:
         name = wrong[0]
         raise UserError(
