@@ -23,6 +23,7 @@ from models.unet import UNet
 from pipelines.plan import FEATURES, FEWEST, MOST_STEPS
 from pipelines.pretrained import Pretrained, load_autoencoder
 from utils.cli import SIZE_KEYS, UserError, absolute, flatten
+from utils.optimizers import check_optimizer
 from utils.sources import LARGEST
 from utils.toys import TOYS
 
@@ -139,6 +140,7 @@ def check_ranges(config: ConfigDict) -> None:
             f"give --optimizer.warmup_steps={config.max_steps // 10}"
         )
     _check_lists(values)
+    check_optimizer(config)
     _check_network(config)
     _check_evaluation(config)
 
