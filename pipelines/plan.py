@@ -48,7 +48,8 @@ class Plan(NamedTuple):
         near the data) or shifted (short near the noise).
       checkpoint: Of each run: latest, best (as --best_metric of its training had it), all, or
         steps, by commas.
-      ema: Decays of averaged parameters, by commas, or none; by default the run's own.
+      ema: Averaged parameters, by commas: decays as 0.999, power_0.05, posthoc_0.1 (made of
+        snapshots: any width) or none; by default the run's own.
       seed: Of noise and labels, which are the same for every run; several, by commas, give a mean
         and a deviation.
       num_samples: Samples per cell; 0 for 50,000 pictures or 10,000 points. Fewer pictures score

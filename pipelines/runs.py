@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from etils import epath
 
 from pipelines.flow import FlowPipeline
-from pipelines.stored import NO_EMA, WEIGHTS, saved_checkpoints
+from pipelines.stored import WEIGHTS, average_name, saved_checkpoints
 from utils import files
 from utils.cli import UserError, flatten
 
@@ -67,15 +67,14 @@ class Run:
         return tuple(sorted({step for word in asked for step in known[word]}))
 
     def average(self, asked: str) -> str:
-        """The name of the average that is asked for: a decay, "none", or "" for the run's own."""
-        own = str(self.pipeline.config.ema.decay)
-        if self._exported:
-            if asked:
-                raise UserError(f"{self.path} was exported and holds one average: leave --ema out")
-            return own
-        if asked in ("", NO_EMA, own):
-            return asked or own
-        raise UserError(f"{self.path} holds no average of decay {asked}: there are {own}, {NO_EMA}")
+        """The name of the average that is asked for, as `average_name` has it.
+
+        Raises:
+          UserError: there is none of that name.
+        """
+        if self._exported and asked:
+            raise UserError(f"{self.path} was exported and holds one average: leave --ema out")
+        return average_name(self.path, self.pipeline.config, asked)
 
     def load(self, step: int, ema: str) -> FlowPipeline:
         """The pipeline around a checkpoint's parameters; nothing is compiled again."""

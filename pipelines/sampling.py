@@ -67,7 +67,8 @@ class Sampling(NamedTuple):
       first: Index of the first picture; with the seed it decides the noise.
       batch_size: Pictures at a time over all devices; changes no picture but by rounding.
       checkpoint: latest, best (as --best_metric of the training had it), or a step.
-      ema: A decay of averaged parameters, or none; by default the run's own.
+      ema: Averaged parameters: a decay as 0.999, power_0.05, posthoc_0.1 (made of snapshots: any
+        width) or none; by default the run's own.
       autoencoder: Of a run on latents: its folder, if not where the run found it.
       out: Folder to write to; by default runs/samples/ and the model's name.
       video: Writes an animation instead: denoising, the way from noise to the pictures; or

@@ -16,8 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from configs import base
-from pipelines import build, model_card
-from utils import files
+from pipelines import build, model_card, objectives
+from utils import averages, files
 from utils.checkpoint import Checkpoints
 from utils.cli import UserError, flatten
 from utils.sharding import make_mesh, replicated
@@ -33,7 +33,7 @@ def trained_card(config: ConfigDict, card: dict[str, Any], step: int) -> dict[st
         "train_steps": step,
         "train_images": step * config.batch_size,
         "train_flops": step * card["flops_per_step"],
-        "trained_guidance": build.trained_guidance(config),
+        "trained_guidance": objectives.trained_guidance(config),
     }
 
 
@@ -173,7 +173,13 @@ def check_exported(path: epath.Path, card: dict[str, Any], step: int | None, ema
 def read_parameters(
     checkpoints: Checkpoints, config: ConfigDict, abstract: Any, step: int, ema: str
 ) -> Any:
-    """Averaged parameters, or the parameters themselves, on this process's devices."""
+    """Averaged parameters, or the parameters themselves, on this process's devices.
+
+    Args:
+      ema: as `average_name` knows it.
+    Raises:
+      UserError: there is nothing of the kind, or it is damaged.
+    """
     if step not in checkpoints.steps:
         there = ", ".join(map(str, checkpoints.steps))
         raise UserError(f"{checkpoints.path} has no step {step}: there are {there}")
@@ -181,12 +187,41 @@ def read_parameters(
     wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), abstract)
     if ema == NO_EMA:
         return checkpoints.restore({"train": {"params": wanted}}, step)["train"]["params"]
-    name = str(config.ema.decay)
-    if ema not in ("", name):
+    name = average_name(checkpoints.path.parent, config, ema)
+    if not name.startswith(averages.POSTHOC):
+        return checkpoints.restore({"ema": {name: wanted}}, step)["ema"][name]
+    powers = [n for n in averages.names(config.ema) if n.startswith(averages.POWER)]
+    own = checkpoints.restore({"ema": dict.fromkeys(powers, wanted)}, step)["ema"]
+    count = checkpoints.metadata(step).get(averages.COUNTED)
+    if type(count) is not int or count < 1:
+        raise UserError(f"{checkpoints.path}: step {step} does not say what its averages are of")
+    path = checkpoints.path.parent
+    found = averages.reconstruct(path, config.ema, name, step, count, own)
+    return jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), found, wanted)
+
+
+def average_name(path: epath.Path, config: ConfigDict, asked: str) -> str:
+    """The name of the average that is asked of a run.
+
+    Args:
+      asked: a decay, "power_" or "posthoc_" and a width, `NO_EMA`, or empty for the run's own.
+    Raises:
+      UserError: the run has none of that name.
+    """
+    known = averages.names(config.ema)
+    if asked in ("", NO_EMA, *known):
+        return asked or known[0]
+    can = bool(config.ema.posthoc and config.ema.snapshot_interval)
+    if can and asked.startswith(averages.POSTHOC):
+        averages.width_of(asked)
+        return asked
+    there = ", ".join((*known, NO_EMA, *([f"{averages.POSTHOC}WIDTH"] if can else [])))
+    if asked.startswith(averages.POSTHOC):
         raise UserError(
-            f"{checkpoints.path} holds no average of decay {ema}: there are {name} and {NO_EMA}"
+            f"{path} saved no snapshots to make {asked} of: train with --ema.posthoc=0.05,0.1 "
+            f"--ema.snapshot_interval=1000; there are {there}"
         )
-    return checkpoints.restore({"ema": {name: wanted}}, step)["ema"][name]
+    raise UserError(f"{path} holds no average of decay {asked}: there are {there}")
 
 
 def read_weights(path: epath.Path, abstract: Any) -> Any:

@@ -17,7 +17,8 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from utils.cli import UserError
+from utils import averages
+from utils.optimizers import make_optimizer, updates_before
 from utils.sharding import mean_gradient, state_sharding
 
 INITIALISATION, TRAINING, SAMPLING, EVALUATION = range(4)  # streams of one seed
@@ -31,7 +32,7 @@ class TrainState:
 
     step: Array  # () int32, steps done
     params: Any
-    ema: dict[str, Any]  # {name: averaged parameters}
+    ema: dict[str, Any]  # {name: averaged parameters}, of utils.averages
     opt_state: Any
 
 
@@ -40,27 +41,11 @@ def stream(seed: int | Array, number: int) -> Array:
     return jax.random.fold_in(jax.random.split(jax.random.key(seed))[1], number)
 
 
-def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW with warm-up, schedule and clipping, from `config.optimizer` and `config.max_steps`."""
-    o = config.optimizer
-    if o.schedule == "constant":
-        # A warm-up of no steps stays at its first value, 0, in optax.
-        start = 0.0 if o.warmup_steps else o.lr
-        schedule = optax.warmup_constant_schedule(start, o.lr, o.warmup_steps)
-    elif o.schedule == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(0.0, o.lr, o.warmup_steps, config.max_steps)
-    else:
-        raise UserError(f"optimizer.schedule={o.schedule!r}: constant or cosine")
-    clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
-    adamw = optax.adamw(schedule, o.beta1, o.beta2, weight_decay=o.weight_decay)
-    return optax.chain(clip, adamw), schedule
-
-
 def init_state(config: ConfigDict, init: Callable[[Array], Any]) -> TrainState:
     """The state before the first step; `init(key)` makes the parameters."""
     optimizer, _ = make_optimizer(config)
     params = init(stream(config.seed, INITIALISATION))
-    ema = {str(config.ema.decay): params}
+    ema = averages.begin(config.ema, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
 
 
@@ -91,6 +76,7 @@ def make_step(
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(stream(config.seed, TRAINING), state.step)
+        batch = {**batch, "step": jnp.full_like(batch["position"], state.step)}
         grads, metrics = mean_gradient(of_one_device, mesh)(state.params, batch, key)
         metrics = {name: total / count for name, (total, count) in metrics.items()}
         norms = jnp.stack([optax.tree.norm(leaf) for leaf in jax.tree.leaves(grads)])
@@ -99,7 +85,8 @@ def make_step(
         told = jnp.stack([metrics["loss"], norm, optax.tree.norm(updates)])
         finite = jnp.isfinite(told).all()
         params = optax.apply_updates(state.params, updates)
-        ema = update_ema(state.ema, params, state.step, config.ema.start_step)
+        count = updates_before(opt_state)
+        ema = averages.update(config.ema, state.ema, params, state.step, count)
         new = TrainState(state.step + 1, params, ema, opt_state)
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics |= {
@@ -117,13 +104,6 @@ def make_step(
 def _with_loss(result: tuple[Array, dict]) -> tuple[Array, dict]:
     loss, metrics = result
     return loss, {**metrics, "loss": (loss, jnp.ones_like(loss))}
-
-
-def updates_before(opt_state: Any) -> Array:
-    """How many updates the optimizer has made, () int32: steps left out do not count."""
-    return optax.tree.get(
-        opt_state, "count", filtering=lambda path, _: "ScaleByScheduleState" in str(path[-1])
-    )
 
 
 def microbatches(batch: dict, count: int) -> dict:
@@ -144,13 +124,3 @@ def accumulate(gradient: Callable, params: Any, parts: dict) -> tuple[Any, dict]
 
     grads, metrics = jax.lax.scan(add, zeros, parts)[0]
     return jax.tree.map(lambda g: g / count, grads), metrics
-
-
-def update_ema(ema: dict[str, Any], params: Any, step: Array, start_step: int) -> dict[str, Any]:
-    """average ← d · average + (1 − d) · params, after the update; a copy before `start_step`."""
-
-    def update(decay: float, average: Any) -> Any:
-        d = jnp.where(step < start_step, 0.0, decay)
-        return jax.tree.map(lambda a, p: d * a + (1 - d) * p, average, params)
-
-    return {name: update(float(name), average) for name, average in ema.items()}

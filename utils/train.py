@@ -19,12 +19,13 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
-from utils import files
+from utils import averages, files
 from utils.checkpoint import Checkpoints, named_leaves
 from utils.cli import UserError
 from utils.health import Spikes, Watchdog, describe, not_finite
 from utils.hosts import Preempted, Preemption
 from utils.log import Logger, progress
+from utils.optimizers import updates_before
 from utils.sharding import abstract_state, agreed, born_sharded
 from utils.step import TrainState, init_state
 
@@ -77,6 +78,7 @@ def fit(
                 stop, last = preemption.reached(number), number == config.max_steps
                 if last or number % config.log_interval == 0:
                     log(logger, number, meter)
+                snapshot(config, state, number, workdir)
                 evaluates = last or (number % config.eval_interval == 0 and not stop)
                 ranked = evaluates and config.best_metric
                 score = agreed_score(config, evaluate(state, logger)) if ranked else None
@@ -130,8 +132,21 @@ def save(
 ) -> None:
     """Saves the state after step `number`; with `wait`, until it lies there."""
     position = {"samples_consumed": number * config.batch_size}
+    counted = {averages.COUNTED: averages.counted(config.ema, int(updates_before(state.opt_state)))}
     save = checkpoints.save_now if wait else checkpoints.save
-    save(number, checkpoint_parts(state), score, **position)
+    save(number, checkpoint_parts(state), score, **position, **counted)
+
+
+def snapshot(
+    config: ConfigDict, state: TrainState, number: int, workdir: str | os.PathLike
+) -> None:
+    """Saves the averages that others are made of afterwards, where it is time for it.
+
+    A function of the step: a run that is gone on with writes the same files again.
+    """
+    if config.ema.snapshot_interval and number % config.ema.snapshot_interval == 0:
+        counted = averages.counted(config.ema, int(updates_before(state.opt_state)))
+        averages.save_snapshot(workdir, config.ema, state.ema, number, counted)
 
 
 def start(
