@@ -341,6 +341,18 @@ def test_what_flow_matching_and_no_labels_cannot_do(folder):
         unlabelled(class_labels=3)
 
 
+def test_what_other_objectives_cannot_do(folder):
+    _, told = both("all", folder)
+    with pytest.raises(ValueError, match=r"guidance_scale=0\.5: the network was told 1 and above"):
+        told(guidance_scale=0.5)
+    ours = random_pipeline("consistency", 10)
+    write_diffusers(ours, folder / "consistency")
+    pipe = opened(folder / "consistency")
+    assert np.abs(drawn(ours, steps=1) - theirs(ours, pipe)).max() < WITHIN
+    with pytest.raises(ValueError, match="consistency training teaches one step"):
+        pipe(num_inference_steps=2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(folder, dtype):
     ours, _ = both("mean_flow", folder)
