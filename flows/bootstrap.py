@@ -43,9 +43,8 @@ def alpha_flow(
     """E w ‖u − sg(u_tgt)‖², u_tgt = α v_g + (1 − α) u(z_s, r, s) (arXiv 2510.20771, section 4).
 
     s = t − α (t − r) lies between r and t, and z_s = z_t − (t − s) v_g on the straight line there.
-    α = 1 regresses u(z, r, t) on v for every r, a flow matching along trajectories; α = 1/2 is a
-    shortcut along v; as α → 0 the residual over α becomes MeanFlow's, and at α = 0 the target is
-    MeanFlow's own. In between the target is biased by about α².
+    α = 1 regresses u(z, r, t) on v for every r; as α → 0 the residual over α becomes MeanFlow's,
+    and at α = 0 the target is MeanFlow's own. In between it is biased by about α².
 
     The weight is α^(2p − 1) / (mean squared error + c)^p where r ≠ t, that is α / (error + c) for
     p = 1 and 1 / α for p = 0; where r = t, and at α = 0, it is that of α = 1.

@@ -4,8 +4,8 @@ z_r = z_t − (t − r) u(z_t, r, t), over any grid from 1 to 0. With u bound at
 method for the flow's ordinary differential equation, of order 1; with an average velocity over
 [r, t] it is MeanFlow sampling (arXiv 2505.13447, algorithm 2), exact for an exact u. Heun's method,
 of order 2, averages the velocities at both ends of Euler's step. `euler_stochastic` is of weak
-order 1: its samples have the flow's distributions, on paths of their own. `consistency_step` goes to
-the data and back to r. `dopri5` chooses its steps itself, for each sample by its own error.
+order 1: its samples have the flow's distributions, on paths of their own. `consistency_step` goes
+to the data and back to r. `dopri5` chooses its steps itself, for each sample by its own error.
 """
 
 from collections.abc import Callable

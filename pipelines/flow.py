@@ -445,6 +445,7 @@ class FlowPipeline:
         if not self.network.told:
             return
         most = self.config.improved_mean_flow.omega_max
+        most = most if most > 1 else np.inf  # of a network that came back from others it is unknown
         if not 1 <= scale <= most:
             raise UserError(f"guidance={scale}: this network was told scales from 1 to {most:g}")
 

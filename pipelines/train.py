@@ -72,19 +72,11 @@ def _train(
     check_batch(config, mesh)
     local = config.batch_size // mesh.size // config.accumulation
     objective = make_objective(config, dataset.num_classes, local=local)
-    if config.objective not in ("", objective.func.__name__):
-        raise UserError(
-            f"objective={config.objective!r} is not of this script: train_flow.py has "
-            f"flow_matching, train_meanflow.py {', '.join(objectives.AVERAGES)}"
-        )
+    check_objective(config, objective.func.__name__)
     config.objective = objective.func.__name__
     check_best(config)
-    for key in (
-        "data_dir",
-        "autoencoder",
-        "init_from",
-    ):  # who reads the run may stand in another folder
-        config[key] = absolute(config[key])
+    for key in ("data_dir", "autoencoder", "init_from"):
+        config[key] = absolute(config[key])  # who reads the run may stand in another folder
     path = files.place(workdir or f"runs/{config.dataset_name}/{config.objective}")
     check_alike({"workdir": str(path), "data": dataset.identity, **flatten(config)})
     codec = build.autoencoder(config, dataset.shape, dataset.autoencoder)
@@ -192,6 +184,15 @@ class Evaluate:
             return self.pipeline.network.apply(params, z, r, t, held["label"], None)
 
         return jnp.mean(self_consistency(velocity, z, r, s, t))
+
+
+def check_objective(config: ConfigDict, name: str) -> None:
+    """Raises UserError where the config names an objective that the script does not have."""
+    if config.objective not in ("", name):
+        raise UserError(
+            f"objective={config.objective!r} is not of this script: train_flow.py has "
+            f"flow_matching, train_meanflow.py {', '.join(objectives.AVERAGES)}"
+        )
 
 
 def check_best(config: ConfigDict) -> None:
