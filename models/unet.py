@@ -21,6 +21,7 @@ from models.layers import Condition, dropout
 
 FILTERS = {"box": (1, 1), "fir": (1, 3, 3, 1)}  # of `model.resample`; fir is that of NCSN++
 EMBEDDING = 4  # width of the condition, in base channels
+WIDEST = 64  # of what multiplies them
 SKIP_SCALE = 0.5**0.5  # keeps the variance of a sum of two
 
 xavier = nn.initializers.xavier_uniform()
@@ -165,8 +166,8 @@ class Block(nn.Module):
         """Self-attention between the places of a map (n, h, w, width)."""
         n, height, width, channels = x.shape
         h = norm(x, "norm_2").reshape(n, height * width, channels)
-        dense = {"dtype": self.dtype, "kernel_init": attention_init}
-        qkv = nn.Dense(3 * channels, **dense, name="qkv")(h)
+        init = attention_init
+        qkv = nn.Dense(3 * channels, kernel_init=init, dtype=self.dtype, name="qkv")(h)
         q, k, v = (
             part.reshape(n, height * width, self.num_heads, -1)
             for part in jnp.split(qkv, 3, axis=-1)
@@ -242,8 +243,8 @@ def check(
         raise ValueError(f"model.resample={resample!r}: give --model.resample=box or fir")
     if not channel_multipliers or not all(_is_count(m) for m in channel_multipliers):
         raise ValueError(
-            f"model.channel_multipliers={channel_multipliers}: give whole numbers from 1 on, one "
-            "per level, as --model.channel_multipliers=1,2,2"
+            f"model.channel_multipliers={channel_multipliers}: give whole numbers from 1 to "
+            f"{WIDEST}, one per level, as --model.channel_multipliers=1,2,2"
         )
     levels = len(channel_multipliers)
     if any(side % 2 ** (levels - 1) for side in shape[:2]):
@@ -282,4 +283,4 @@ def _check_heads(
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= WIDEST

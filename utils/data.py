@@ -43,7 +43,7 @@ class Dataset(NamedTuple):
     name: str
     train: Source
     heldout: Source  # not trained on; may be empty
-    num_classes: int  # 0: no labels, every label is 0
+    num_classes: int  # 0: no labels; those that items may have mean nothing
     shape: tuple[
         int, ...
     ]  # (H, W, C), uint8; (2,), float32; or what the autoencoder's moments have
@@ -61,6 +61,8 @@ class Dataset(NamedTuple):
 def load(config: ConfigDict) -> Dataset:
     """Returns the data set `config.dataset_name`, by data_dir, image_size and holdout.
 
+    A run whose labels are all left out, model.class_dropout_prob = 1, gets it without labels.
+
     Raises:
       UserError: an unknown name, or data that is missing, unreadable or of another size.
     """
@@ -71,9 +73,10 @@ def load(config: ConfigDict) -> Dataset:
         raise UserError(f"unknown dataset_name {name!r}: {hint}")
     if not 0 <= config.holdout < 1:
         raise UserError(f"holdout is a share in [0, 1), not {config.holdout}: give --holdout=0.1")
-    if config.use_stable_vae:
-        return _latents(config)
-    return LOADERS[name](config)
+    dataset = _latents(config) if config.use_stable_vae else LOADERS[name](config)
+    if config.model.class_dropout_prob == 1:
+        return dataset._replace(num_classes=0, classes=())
+    return dataset
 
 
 def load_pictures(config: ConfigDict, origin: dict | None, data_dir: str = "") -> Dataset:
@@ -301,6 +304,11 @@ def _folder(config: ConfigDict) -> Dataset:
     return _pictures(config, config.image_size)
 
 
+def _cifar10(config: ConfigDict) -> Dataset:
+    """CIFAR-10's training split, or pictures of its size."""
+    return _pictures(config, config.image_size or 32)
+
+
 def _at_256(config: ConfigDict) -> Dataset:
     """ImageNet or CelebA-HQ, at 256 × 256 pixels unless image_size says otherwise."""
     return _pictures(config, config.image_size or 256)
@@ -393,6 +401,7 @@ LOADERS: dict[str, Callable[[ConfigDict], Dataset]] = {
     "digits": _digits,
     "mnist": _mnist,
     "folder": _folder,
+    "cifar10": _cifar10,
     "imagenet256": _at_256,
     "celebahq256": _at_256,
     **dict.fromkeys(TOYS, _toy),

@@ -24,7 +24,11 @@ from utils.sources import CorruptPicture, Pictures, fingerprint, key
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 LARGEST_FILE = 2**28  # bytes of an encoded picture in a .zip
 # What TFDS calls a data set of ours; the first that is there is taken.
-TFDS_NAMES = {"imagenet256": ("imagenet2012",), "celebahq256": ("celebahq256", "celeb_a_hq/256")}
+TFDS_NAMES = {
+    "imagenet256": ("imagenet2012",),
+    "celebahq256": ("celebahq256", "celeb_a_hq/256"),
+    "cifar10": ("cifar10",),
+}
 
 
 def open_pictures(
@@ -38,7 +42,7 @@ def open_pictures(
         'celeb_a_hq/256', looked for under `data_dir`, by default $TFDS_DATA_DIR or
         ~/tensorflow_datasets; or pictures that prepare_data.py wrote. Empty: the TFDS names of
         `dataset_name`.
-      dataset_name: 'folder', 'imagenet256' or 'celebahq256': what the labels are.
+      dataset_name: 'folder', 'imagenet256', 'celebahq256' or 'cifar10': what the labels are.
       split: of a TFDS data set. Picture files have none but 'train'.
 
     Raises:
@@ -239,6 +243,7 @@ def _top_folders(names: Sequence[str]) -> list[str]:
 
 LABELS: dict[str, Callable[[Sequence[str]], Labels]] = {
     "folder": _labels_by_folder,
+    "cifar10": _labels_by_folder,
     "imagenet256": _labels_of_imagenet,
     "celebahq256": _no_labels,
 }

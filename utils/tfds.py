@@ -21,6 +21,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NAME = re.compile(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?")
 _OWN = r"tensorflow_datasets\.core\.features\."
 _CLASS_KEYS = ("type", "pythonClassName", "python_class_name")
+_FETCHED = ("cifar10",)  # what TFDS downloads itself
 # What TFDS asks the user to fetch by hand. Its command line is not used: it loads Apache Beam, no
 # version of which fits the packages pinned here.
 _BY_HAND = {
@@ -59,14 +60,17 @@ def names_in(place: pathlib.Path) -> list[str]:
 
 def how_to_make(name: str, place: pathlib.Path) -> str:
     """What to run so that TFDS prepares `name` under `place`; '' for names not known here."""
-    if name not in _BY_HAND:
+    if name not in _BY_HAND and name not in _FETCHED:
         return ""
     builder = f"tfds.builder('{name}', data_dir='{place}', file_format='array_record')"
-    config = "tfds.download.DownloadConfig(manual_dir='FOLDER')"
+    files, options = "", ""
+    if name in _BY_HAND:
+        files = f"put {_BY_HAND[name]} into FOLDER, "
+        options = "download_config=tfds.download.DownloadConfig(manual_dir='FOLDER')"
     return (
-        f"put {_BY_HAND[name]} into FOLDER, run make setup EXTRAS=prepare and then "
+        f"{files}run make setup EXTRAS=prepare and then "
         '.venv/bin/python -c "import tensorflow_datasets as tfds; '
-        f'{builder}.download_and_prepare(download_config={config})"'
+        f'{builder}.download_and_prepare({options})"'
     )
 
 
