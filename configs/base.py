@@ -84,7 +84,7 @@ def _optimizer() -> dict:
         "beta1": 0.9,
         "beta2": 0.95,
         "weight_decay": 0.0,
-        "moments": "float32",  # or bfloat16, of AdamW's
+        "moments": "float32",  # or bfloat16, of AdamW's and Muon's
         "warmup_steps": 0,
         # constant; cosine, to 0 at max_steps; or wsd: warm-up, stable, then to 0 in decay_steps.
         "schedule": "constant",
