@@ -123,7 +123,7 @@ def prepare(plan: ConfigDict, options: Options) -> Comparison:
     steps = sorted({step for training in trainings for step in training.stops})
     evaluations = tuple(
         Evaluation(
-            f"{workdir}/evaluations/{step}",
+            f"{workdir}/evaluations/{plan.name}_{step}",
             step,
             tuple(training for training in trainings if step in training.stops),
         )
@@ -438,7 +438,7 @@ def _measuring(plan: ConfigDict, evaluation: Evaluation) -> Job:
         execute(command)
         files.write(mark, json.dumps(stamp))
 
-    return Job(f"evaluation_{evaluation.step}", done, work)
+    return Job(pathlib.Path(evaluation.out).name, done, work)
 
 
 def _stamp(training: Training, step: int) -> str:

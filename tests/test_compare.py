@@ -4,16 +4,21 @@ import csv
 import json
 import pathlib
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import compare as plans
-from pipelines import compare, compare_report
+from pipelines import compare, compare_report, report, sweep
 from pipelines.cells import Row
 from pipelines.compare import Options
-from tests.forked import ROOT, Commands
+from pipelines.objectives import average_objective, flow_objective
+from pipelines.plan import Plan
+from pipelines.train import train
+from tests.conftest import ROOT
 from utils import cli, figures
 from utils.cli import UserError
 from utils.hosts import Again, Preempted
@@ -349,28 +354,50 @@ def test_how_a_command_ends_is_handed_on(status, error, tmp_path, monkeypatch):
         compare.execute(["script.py", f"--workdir={tmp_path}"])
 
 
-def test_a_comparison_from_the_command_line(tmp_path):
-    """Two recipes on points: the dry run's commands are those that run, and give the table."""
-    line = (
-        "--names=flow_matching,mean_flow --max_steps=6 --steps=1,2 --base=configs/toy.py:two_moons"
-    )
-    words = ["scripts/compare.py", "--config=configs/compare.py:digits", *line.split()]
-    words += [f"--workdir={tmp_path}/all", "--evaluation=--num_samples=64 --bootstrap=0"]
-    words += [f"--options={TINY} {CONSTANT}"]
-    with Commands() as commands:
-        done = commands([*words, "--dry_run"], ROOT)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert not (tmp_path / "all").exists()
-        for command in done.stdout.splitlines():
-            _, *rest = shlex.split(command)
-            done = commands(rest, ROOT)
-            assert done.returncode == 0, done.stderr
-    keys = [word for word in words[2:] if not word.startswith("--workdir=")]
-    plan = compare.config_of(words[1].partition("=")[2], keys)
-    comparison = compare.prepare(plan, Options(workdir=f"{tmp_path}/all"))
-    assert len(comparison.trainings) == 2
+def inside(command):
+    """Runs a command as this process: its imports and devices are here."""
+    flags = [word.removeprefix("--").partition("=")[::2] for word in command[1:]]
+    given = dict(flags)
+    if command[0] == "eval_fid.py":
+        plan = Plan(
+            workdir=[value for name, value in flags if name == "workdir"],
+            checkpoint=(given["checkpoint"],),
+            steps=tuple(map(int, given["steps"].split(","))),
+            num_samples=int(given["num_samples"]),
+            bootstrap=0,
+            out=given["out"],
+        )
+        report.write(sweep.run(plan), plan)
+    else:
+        config = compare.config_of(given["config"], Fake.keys(command))
+        flow = command[0] == "train_flow.py"
+        train(config, given["workdir"], flow_objective if flow else average_objective)
+
+
+def test_a_comparison_without_stand_ins(tmp_path, monkeypatch, standard_promotion):
+    """Two recipes on points, trained and measured as their commands say."""
+    monkeypatch.setattr(compare, "execute", inside)
+    evaluation = "--num_samples=64 --bootstrap=0"
+    comparison = prepare(tmp_path, max_steps=3, steps=(1,), budgets="steps", evaluation=evaluation)
+    compare.run(comparison)
     text = compare_report.write(comparison, Options())
     for recipe in comparison.recipes:
-        assert f"| {recipe.name} |" in text and f"{recipe.targets['steps']:,} |" in text
+        assert f"| {recipe.name} |" in text and "| 3 |" in text
     rows = json.loads((tmp_path / "all/results.json").read_text())["rows"]
-    assert len(rows) == 2 * 2 and all(np.isfinite(row["value"]) for row in rows)
+    assert len(rows) == 2 and all(row["value"] > 0 for row in rows)
+    for training in comparison.trainings:
+        card = json.loads(pathlib.Path(training.folder, "card.json").read_text())
+        assert card["flops_per_step"] == training.recipe.flops  # as it was read before training
+
+
+def test_a_dry_run_prints_the_commands_and_leaves_nothing(tmp_path):
+    words = ["--config=configs/compare.py:digits", "--names=flow_matching,mean_flow", "--dry_run"]
+    words += [f"--options={TINY}", "--base=configs/toy.py:spirals", f"--workdir={tmp_path}/all"]
+    done = subprocess.run(
+        [sys.executable, "scripts/compare.py", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    scripts = [shlex.split(line)[1] for line in done.stdout.splitlines()]
+    assert set(scripts[:-1]) >= {"train_flow.py", "train_meanflow.py"}
+    assert scripts[-1] == "eval_fid.py"
+    assert not (tmp_path / "all").exists()
