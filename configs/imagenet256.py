@@ -22,7 +22,7 @@ these networks: their authors sample B at scale 8 for t in [0.4, 0.65], M and L 
 
   python train_meanflow.py --config=configs/imagenet256.py:improved_b2 --data_dir=data/imagenet256
   python eval_fid.py --workdir=runs/imagenet256/improved_mean_flow --steps=1 --guidance=8 \
-      --guidance_interval=0.4,0.65
+      --guidance_interval=0.4:0.65
 
 Variants of α-Flow (arXiv 2510.20771; FID-50K of 1 and 2 steps there): alpha_b2 (5.40, 5.01),
 alpha_xl2 (2.95, 2.34). MeanFlow's settings, guidance included, with α falling over the first two
