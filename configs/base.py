@@ -81,7 +81,7 @@ def _optimizer() -> dict:
     return {
         "name": "adamw",  # adamw, adamw8bit (moments in 8 bits) or muon
         "lr": 1e-4,
-        "beta1": 0.9,
+        "beta1": 0.9,  # muon: of AdamW's part alone, what is no hidden matrix; Muon's own is 0.95
         "beta2": 0.95,
         "weight_decay": 0.0,
         "moments": "float32",  # or bfloat16, of AdamW's and Muon's
@@ -97,7 +97,7 @@ def _averages() -> dict:
     """Averages of the parameters along training: what samples are drawn with."""
     return {
         "decay": 0.9999,
-        "start_step": 0,
+        "start_step": 0,  # until there exponential averages are copies; of posthoc ones none is
         "interval": 1,  # steps between updates; the decay is that of an update
         "also": (),  # further decays, to choose from by --ema
         # Post-hoc EMA: relative widths of power-function averages, as (0.05, 0.1); snapshots of

@@ -164,10 +164,6 @@ def _check_lists(values: dict[str, Any]) -> None:
                     f"{name}={pair}: two numbers from {least:g} to {most:g}, the lower first: "
                     f"give --{name}={given}"
                 )
-    for name in ("ema.also", "ema.posthoc"):
-        numbers = isinstance(values[name], tuple) and all(type(x) is float for x in values[name])
-        if not (numbers and all(0 < x < 1 for x in values[name])):
-            raise UserError(f"{name}={values[name]}: numbers between 0 and 1, by commas")
 
 
 def _check_network(config: ConfigDict) -> None:

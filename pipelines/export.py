@@ -97,8 +97,8 @@ class Options(NamedTuple):
       workdir: The run's folder or gs://BUCKET/FOLDER, or that of an exported model.
       out: The folder to write: a new one, or an empty one.
       checkpoint: The step that goes out: latest, best or a number.
-      ema: Decay of the averaged parameters, or none for the parameters themselves; by default the
-        run's own.
+      ema: Averaged parameters: a decay as 0.999, power_0.05, posthoc_0.1 (made of snapshots: any
+        width) or none, the parameters themselves; by default the run's own.
       dtype: Of the weights in the file; float16 halves it.
       autoencoder: Of a run on latents: its folder, if not where the run found it.
       licence: What others may do with the weights, such as mit or cc-by-nc-4.0, for the model card.

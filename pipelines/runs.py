@@ -11,6 +11,7 @@ from etils import epath
 from pipelines.flow import FlowPipeline
 from pipelines.stored import WEIGHTS, average_name, saved_checkpoints
 from utils import files
+from utils.averages import POSTHOC, steps_before
 from utils.cli import UserError, flatten
 
 # What may change between the parts of a run; everything else makes it another run.
@@ -84,19 +85,25 @@ class Run:
             self._loaded[step, ema] = self.pipeline.load(self.path, step=at[0], ema=at[1])
         return self._loaded[step, ema]
 
-    def identity(self, step: int) -> str:
-        """Names exactly the weights at a step and all of the config that samples depend on."""
-        if step not in self._identities:
-            self._identities[step] = self._identity(step)
-        return self._identities[step]
+    def identity(self, step: int, ema: str = "") -> str:
+        """Names exactly the weights at a step and all of the config that samples depend on.
 
-    def _identity(self, step: int) -> str:
+        Args:
+          ema: the average's name; of one that is made of snapshots, those are of the identity.
+        """
+        key = step, ema.startswith(POSTHOC)
+        if key not in self._identities:
+            self._identities[key] = self._identity(*key)
+        return self._identities[key]
+
+    def _identity(self, step: int, posthoc: bool) -> str:
         config = flatten(self.pipeline.config)
         groups = tuple(key for key in FREE if key.endswith("."))
         kept = {k: v for k, v in config.items() if k not in FREE and not k.startswith(groups)}
         stamp = self._stamp(step)
         card = {k: self.pipeline.card.get(k) for k in ("dataset", "autoencoder", "shape")}
-        text = json.dumps([kept, card, stamp], sort_keys=True, default=str)
+        made_of = [steps_before(self.path, step)] if posthoc else []
+        text = json.dumps([kept, card, stamp, *made_of], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property

@@ -106,7 +106,7 @@ def read_config(path: epath.Path) -> ConfigDict:
         config.update_from_flattened_dict(values)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no config of this version ({error})") from error
-    return config
+    return build.without_ignored(config)
 
 
 def read_json(file: str | os.PathLike) -> dict[str, Any]:
@@ -190,8 +190,8 @@ def read_parameters(
     name = average_name(checkpoints.path.parent, config, ema)
     if not name.startswith(averages.POSTHOC):
         return checkpoints.restore({"ema": {name: wanted}}, step)["ema"][name]
-    powers = [n for n in averages.names(config.ema) if n.startswith(averages.POWER)]
-    own = checkpoints.restore({"ema": dict.fromkeys(powers, wanted)}, step)["ema"]
+    powers = dict.fromkeys(averages.powers(config.ema), wanted)
+    own = checkpoints.restore({"ema": powers}, step)["ema"]
     count = checkpoints.metadata(step).get(averages.COUNTED)
     if type(count) is not int or count < 1:
         raise UserError(f"{checkpoints.path}: step {step} does not say what its averages are of")

@@ -200,7 +200,7 @@ def cell_name(group: Group, cell: Cell) -> str:
     run, n = group.runs[cell.run], _count(group)
     words = [run.path.name, f"at{cell.checkpoint}", cell.sampler, f"steps{cell.steps}"]
     words += [f"g{cell.guidance:g}"] if cell.guidance != 1 else []
-    identity = cell._replace(run=run.identity(cell.checkpoint))._asdict()
+    identity = cell._replace(run=run.identity(cell.checkpoint, cell.ema))._asdict()
     if np.array_equal(grid_of(cell.steps, cell.grid), grid_of(cell.steps, UNIFORM)):
         del identity["grid"]  # as cells were named before there were grids
     else:

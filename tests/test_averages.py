@@ -153,23 +153,113 @@ def test_an_average_made_afterwards_is_the_one_that_is_tracked(target, tmp_path)
 
 
 def test_what_cannot_be_made_says_so(tmp_path):
-    path, ema = walk(300), ema_of(posthoc=(0.1, 0.2), snapshot_interval=150)
+    path, ema = walk(300), ema_of(posthoc=(0.1, 0.2), snapshot_interval=100)
     last = snapshots_of(tmp_path, ema, path)
     own = {name: tree for name, tree in last.items() if name.startswith("power")}
     place = epath.Path(tmp_path)
     options = {"workdir": place, "ema": ema, "step": 300, "updates": 300, "own": own}
-    with pytest.raises(UserError, match=r"1 snapshots before it of widths .* leave an error"):
+    with pytest.raises(UserError, match=r"2 snapshots before it of widths .* leave an error"):
         averages.reconstruct(asked="posthoc_0.01", **options)
     same = averages.reconstruct(asked="posthoc_0.1", **options)
     np.testing.assert_allclose(same["layer"]["w"], own["power_0.1"]["layer"]["w"], rtol=1e-5)
     for asked in ("posthoc_", "posthoc_0.3", "posthoc_nan"):
         with pytest.raises(UserError, match=r"a width from 0.005 to 0.28"):
             averages.reconstruct(asked=asked, **options)
-    file = place / averages.FOLDER / "000000150.safetensors"
+    file = place / averages.FOLDER / "000000200.safetensors"
     for damaged in (b"", file.read_bytes()[:-3], safetensors.numpy.save({"x": np.ones(3)})):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=r"is no snapshot .*: move it away"):
             averages.reconstruct(asked="posthoc_0.15", **options)
+
+
+COMBINATIONS = [((0.1, 0.2), (100, 200, 300)), ((0.05, 0.1), (1, 7, 30, 31)), ((0.05, 0.1), (40,))]
+
+
+@pytest.mark.parametrize(("widths", "lengths"), COMBINATIONS, ids=str)
+@pytest.mark.parametrize("target", [0.03, 0.12, 0.25])
+def test_the_combination_is_the_nearest_of_those_that_sum_to_1(widths, lengths, target):
+    """At the minimum the gradient of the distance is the same along every weight (Lagrange)."""
+    lengths = np.repeat(np.float64(lengths), len(widths))
+    gammas = np.resize([averages.exponent(width) for width in widths], len(lengths))
+    wanted = lengths[-1], averages.exponent(target)
+    weights, far = averages.solve(lengths, gammas, *wanted)
+    assert weights.sum() == pytest.approx(1, abs=1e-9)
+    pairs = averages.products((lengths[:, None], gammas[:, None]), (lengths, gammas))
+    right = averages.products((lengths, gammas), tuple(map(np.float64, wanted)))
+    slope = pairs @ weights - right
+    assert np.ptp(slope) < 1e-6 * np.abs(right).max()
+    square = averages.products(*[tuple(map(np.float64, wanted))] * 2)
+    rest = weights @ pairs @ weights - 2 * weights @ right + square
+    assert far == pytest.approx(np.sqrt(rest / square), rel=1e-3)
+
+
+def test_what_is_made_of_constant_parameters_is_they(tmp_path, monkeypatch):
+    """However far the profile: nothing is shrunken."""
+    monkeypatch.setattr(averages, "FARTHEST", 1.0)
+    path, ema = np.full((40, 6), 3.0, np.float32), ema_of(posthoc=(0.05, 0.1), snapshot_interval=40)
+    last = snapshots_of(tmp_path, ema, path)
+    own = {name: tree for name, tree in last.items() if name.startswith("power")}
+    for asked in ("posthoc_0.12", "posthoc_0.03"):
+        found = averages.reconstruct(epath.Path(tmp_path), ema, asked, 40, 40, own)
+        np.testing.assert_allclose(found["layer"]["w"], 3.0, rtol=1e-6)
+
+
+def test_snapshots_without_weight_are_not_read(tmp_path):
+    path, ema = walk(300), ema_of(posthoc=(0.1, 0.2), snapshot_interval=20)
+    last = snapshots_of(tmp_path, ema, path)
+    own = {name: tree for name, tree in last.items() if name.startswith("power")}
+    options = epath.Path(tmp_path), ema, "posthoc_0.1", 300, 300, own
+    whole = averages.reconstruct(*options)
+    for file in (tmp_path / averages.FOLDER).iterdir():
+        file.write_bytes(file.read_bytes()[:-1])  # the head is whole, the tensors are not
+    np.testing.assert_array_equal(averages.reconstruct(*options)["layer"]["w"], whole["layer"]["w"])
+    weights = np.array([1e-9, 0.6, -4e-7, 0.4, 5e-7, -7e-7])
+    kept = averages._without_negligible(weights)
+    assert kept.tolist() == [0.0, 0.6, 0.0, 0.4, 0.0, -7e-7]
+
+
+@pytest.mark.parametrize("done", [0, 250])
+def test_snapshots_of_another_run_do_not_stay_among_those_of_this(done, tmp_path, capsys):
+    """At a start all go aside, where nothing is replaced; later those go that come again."""
+    ema = ema_of(posthoc=(0.1,), snapshot_interval=100)
+    for _ in range(2):
+        snapshots_of(tmp_path, ema, walk(400))
+        averages.make_way(tmp_path, done)
+        left = averages.steps_before(epath.Path(tmp_path), 1000)
+        assert left == ([100, 200] if done else [])
+    aside = sorted(path.name for path in tmp_path.glob("*/*400.safetensors"))
+    assert len(aside) == (0 if done else 2)
+    said = capsys.readouterr().err
+    assert said.count("\n") == len(aside) and (done or "moved to" in said)
+    averages.make_way(tmp_path / "new", 0)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("steps", [1000, 100_000])
+def test_much_room_is_told_before_it_is_taken(steps, capsys):
+    config = base.get_config()
+    config.max_steps = steps
+    config.ema.update({"posthoc": (0.05, 0.1), "snapshot_interval": 100})
+    held = {name: {"w": np.zeros(250_000)} for name in averages.names(config.ema)}
+    averages.tell_size(config, held)
+    told = "1,000 snapshots of averages will take 2.0 GB in all, one 0.00 GB"
+    said = capsys.readouterr().err
+    assert (told in said and said.count("\n") == 1) if steps > 1000 else not said
+
+
+HOSTILE = ["0.1", ("nan,0.1",), ((0.1,),), (float("nan"),), (-0.1,), (True,), (0.1,) * 10**5, None]
+
+
+@pytest.mark.parametrize("key", ["also", "posthoc"])
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: str(value)[:12])
+def test_lists_that_hold_something_else_are_told_in_a_line(key, value):
+    config = base.get_config()
+    with config.ignore_type():
+        config.ema[key] = value
+    given = "0.999,0.99999" if key == "also" else r"0\.05,0\.1"
+    with pytest.raises(UserError, match=rf"numbers from .*: give --ema\.{key}={given}") as raised:
+        averages.check(config)
+    assert len(str(raised.value)) < 200
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon"])
@@ -273,6 +363,34 @@ def test_every_average_of_a_run_can_be_asked_for(workdirs):
         run.average("0.7")
     with pytest.raises(UserError, match="a width from"):
         run.average("posthoc_1")
+
+
+def test_numbers_of_an_average_are_of_its_snapshots(workdirs, tmp_path):
+    """The identity that they are kept under is another where a snapshot is gone, or new."""
+    folder = tmp_path / "copy"
+    shutil.copytree(workdirs[0], folder)
+
+    def identities() -> list[str]:
+        run = runs.load_runs([str(folder)])["copy"]
+        return [run.identity(10, ema) for ema in ("posthoc_0.15", "power_0.1", "")]
+
+    before = identities()
+    assert before[0] != before[1] == before[2]
+    (folder / "averages" / "000000010.safetensors").unlink()  # the checkpoint's own step
+    assert identities() == before
+    (folder / "averages" / "000000004.safetensors").rename(folder / "away.safetensors")
+    assert identities()[0] != before[0] and identities()[1:] == before[1:]
+    (folder / "away.safetensors").rename(folder / "averages" / "000000004.safetensors")
+    assert identities() == before
+
+
+def test_a_run_anew_in_the_folder_leaves_none_of_the_old_snapshots(workdirs, tmp_path):
+    folder = tmp_path / "anew"
+    shutil.copytree(workdirs[0], folder)
+    shutil.rmtree(folder / "checkpoints")
+    tiny_run(folder, 3)
+    assert [path.name for path in (folder / "averages").iterdir()] == ["000000002.safetensors"]
+    assert len(list((folder / averages.ASIDE).iterdir())) == 5
 
 
 def test_a_run_without_snapshots_names_the_options(workdirs, tmp_path):

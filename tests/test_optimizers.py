@@ -311,6 +311,30 @@ def test_moments_over_devices_are_those_on_one(name, moments, monkeypatch):
         assert leaf.addressable_shards[0].data.size == leaf.size // 4
 
 
+SHAPES = [(2, 64, 1022), (64, 1022), (72, 1020), (3, 68, 1022), (3, 3, 96, 96), (10_000, 20)]
+
+
+@pytest.mark.parametrize("fsdp", [2, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_block_lies_on_two_devices(shape, fsdp, monkeypatch):
+    """Whichever axis fsdp splits, which for (64, 1022) and two devices is not that for four."""
+    monkeypatch.setattr(sharding, "SMALLEST", 1)
+    place = state_sharding(make_mesh(8 // fsdp, fsdp), jax.ShapeDtypeStruct(shape, jnp.float32))
+    owner = np.zeros(shape, np.float32)
+    for device, where in place.devices_indices_map(shape).items():
+        owner[where] = 1 + device.id % fsdp
+    assert len(np.unique(owner)) == (1 if place.is_fully_replicated else fsdp)
+    blocks = np.asarray(optimizers._blocks(jnp.asarray(owner)))
+    there = np.where(blocks == 0, blocks.max(axis=-1, keepdims=True), blocks)  # 0: beyond a part
+    assert (np.ptp(there, axis=-1) == 0).all()
+    assert blocks.shape[:-2] == optimizers._parts(shape)
+    full = np.count_nonzero(blocks) / blocks.size
+    assert full > 0.6, full
+    # Each entry finds its own block again.
+    scales = jnp.max(jnp.asarray(blocks), axis=-1)
+    np.testing.assert_array_equal(optimizers._spread(scales, shape), owner)
+
+
 @pytest.mark.parametrize(("name", "moments"), KINDS)
 def test_the_state_goes_through_a_checkpoint(name, moments, tmp_path):
     """And back onto other devices, with the same update afterwards."""

@@ -11,20 +11,25 @@ deviation of τ / t, is σ_rel = √(γ + 1) / ((γ + 2) √(γ + 3)): 0.05 has 
 
 Snapshots of them, in `averages/STEP.safetensors` of the run's folder, let any other width be had
 afterwards: the combination of snapshots whose profile is nearest to the wanted one in the square
-mean, by the closed form of the profiles' products. "posthoc_0.1" asks for it.
+mean among the combinations whose weights sum to 1, by the closed form of the profiles' products.
+"posthoc_0.1" asks for it.
 
 t counts updates: a step that is left out changes neither parameters nor averages, and no t.
+Profiles begin with the run: `ema.start_step` is for exponential averages alone.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -37,9 +42,13 @@ from utils.sharding import fetch
 
 POWER, POSTHOC = "power_", "posthoc_"
 WIDTHS = (0.005, 0.28)  # of power-function averages; equal weights have 1 / √12 = 0.289
-FARTHEST = 0.1  # of a profile from the wanted one, as a share of it, to stand for it
+FARTHEST = 0.03  # of a profile from the wanted one, as a share of it, to stand for it
+NEGLIGIBLE = 1e-6  # sum of weights, whatever their signs, that may be left out
+MOST = 20  # averages of a kind
+GIGABYTE = 10**9
 COUNTED = "averaged"  # in a checkpoint's metadata: t
 FOLDER, SUFFIX = "averages", ".safetensors"
+ASIDE = "averages_before"  # the folder for those of an earlier run
 LONGEST_HEADER = 2**25  # bytes
 
 
@@ -49,15 +58,23 @@ def names(ema: ConfigDict) -> tuple[str, ...]:
     return (*decays, *(f"{POWER}{width}" for width in ema.posthoc))
 
 
+def powers(ema: ConfigDict) -> list[str]:
+    """Those that are power-function averages."""
+    return [name for name in names(ema) if name.startswith(POWER)]
+
+
 def check(config: ConfigDict) -> None:
     """Raises UserError where the averages of a config are none, twice there, or not to be had."""
     ema = config.ema
-    for key, (low, high) in {"also": (0, 0.9999999), "posthoc": WIDTHS}.items():
-        good = isinstance(ema[key], tuple) and all(
-            type(value) in (int, float) and low <= value <= high for value in ema[key]
-        )
-        if not good:
-            raise UserError(f"ema.{key}={ema[key]}: numbers from {low} to {high}, by commas")
+    lists = {"also": (0, 0.9999999, "0.999,0.99999"), "posthoc": (*WIDTHS, "0.05,0.1")}
+    for key, (low, high, given) in lists.items():
+        few = isinstance(ema[key], tuple) and len(ema[key]) <= MOST
+        # NaN fails too.
+        if not few or not all(type(x) in (int, float) and low <= x <= high for x in ema[key]):
+            raise UserError(
+                f"ema.{key}={str(ema[key])[:60]}: up to {MOST} numbers from {low} to {high}, by "
+                f"commas: give --ema.{key}={given} or the like"
+            )
     known = names(ema)
     for name in known:
         if known.count(name) > 1:
@@ -84,8 +101,8 @@ def update(
 ) -> dict[str, Any]:
     """The averages after an update that gave `params`.
 
-    Exponential: average ← d · average + (1 − d) · params; a copy before `start_step`. Every
-    `interval` updates; others leave all as they are.
+    Exponential: average ← d · average + (1 − d) · params; a copy before `start_step`, of which
+    power-function averages take no notice. Every `interval` updates; others leave all as they are.
 
     Args:
       step: () int32, steps before this one; updates: () int32, updates, this one included.
@@ -140,7 +157,9 @@ def products(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray])
 def solve(
     lengths: np.ndarray, gammas: np.ndarray, length: float, gamma: float
 ) -> tuple[np.ndarray, float]:
-    """The combination of profiles (n,) that is nearest to one profile.
+    """The combination of profiles (n,) that is nearest to one profile, its weights summing to 1.
+
+    Every profile has the mass 1: with other sums, parameters would be shrunken or stretched.
 
     Returns:
       The weights (n,) float64, and the distance as a share of the profile wanted.
@@ -152,7 +171,11 @@ def solve(
     whole = np.array([length], np.float64), np.array([gamma], np.float64)
     right, square = products(each, whole) / norms, float(products(whole, whole)[0])
     gram /= norms[:, None] * norms[None]
-    found = np.linalg.lstsq(gram, right, rcond=1e-14)[0]
+    # Of what `found` can be, a point with Σ found / norms = 1 and all directions that keep the sum.
+    basis = np.linalg.qr((1 / norms)[:, None], mode="complete")[0]
+    point, free = (1 / norms) / np.sum(norms**-2), basis[:, 1:]
+    steps = np.linalg.lstsq(free.T @ gram @ free, free.T @ (right - gram @ point), rcond=1e-14)[0]
+    found = point + free @ steps
     rest = (square - 2 * found @ right + found @ gram @ found) / square
     return found / norms, math.sqrt(max(rest, 0.0))
 
@@ -180,15 +203,64 @@ def save_snapshot(
     """
     if not updates:
         return
-    held = {name: fetch(averages[name]) for name in names(ema) if name.startswith(POWER)}
+    flat = {}
+    for name, leaf in _flat({name: averages[name] for name in powers(ema)}).items():
+        whole = fetch(leaf)
+        if jax.process_index() == 0:  # the others drop it at once
+            flat[name] = np.ascontiguousarray(whole, np.float32)
     if jax.process_index() != 0:
         return
-    flat = {k: np.ascontiguousarray(v, np.float32) for k, v in _flat(held).items()}
     path = files.place(workdir) / FOLDER / f"{step:09d}{SUFFIX}"
     try:
         files.write(path, safetensors.numpy.save(flat, {"updates": str(updates)}))
     except OSError as error:
         print(f"warning: {path} could not be written ({error})", file=sys.stderr)
+
+
+def make_way(workdir: str | os.PathLike, done: int) -> None:
+    """Sees, as training begins, that every snapshot in the folder is of this run; process 0 acts.
+
+    A run that begins sets all of them aside, whole: they are of another that lay there. One that is
+    gone on with drops those of steps after `done`, which it will write again.
+
+    Raises:
+      UserError: they cannot be moved.
+    """
+    folder = files.place(workdir) / FOLDER
+    if jax.process_index() != 0:
+        return
+    later = {step: path for step, path in _files(folder).items() if step > done}
+    try:
+        if done:
+            for path in later.values():
+                path.unlink()
+        elif later:
+            place = folder.with_name(ASIDE)
+            while place.exists():
+                place = place.with_name(place.name + "_")
+            files.move(folder, place)
+            print(
+                f"warning: {folder} held snapshots of a run without a checkpoint: moved to {place}",
+                file=sys.stderr,
+            )
+    except Exception as error:  # of many kinds, in a bucket
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{folder} is of an earlier run ({reason}): move it away") from error
+
+
+def tell_size(config: ConfigDict, averages: dict[str, Any]) -> None:
+    """Says, where it is much, what the snapshots of a whole run take."""
+    if not config.ema.snapshot_interval or jax.process_index() != 0:
+        return
+    held = [averages[name] for name in powers(config.ema)]
+    one = sum(4 * leaf.size for leaf in jax.tree.leaves(held)) / GIGABYTE
+    count = config.max_steps // config.ema.snapshot_interval
+    if count * one > 1:
+        print(
+            f"{count:,} snapshots of averages will take {count * one:,.1f} GB in all, one "
+            f"{one:,.2f} GB; a longer --ema.snapshot_interval takes less",
+            file=sys.stderr,
+        )
 
 
 def counted(ema: ConfigDict, updates: int) -> int:
@@ -202,10 +274,13 @@ def snapshots(workdir: epath.Path) -> list[Snapshot]:
     Raises:
       UserError: a file that is none.
     """
-    folder = workdir / FOLDER
-    found = [n.removesuffix(SUFFIX) for n in files.names(folder) if n.endswith(SUFFIX)]
-    paths = {int(name): folder / f"{name}{SUFFIX}" for name in found if name.isdecimal()}
-    return [Snapshot(step, _updates_of(path), path) for step, path in sorted(paths.items())]
+    found = sorted(_files(workdir / FOLDER).items())
+    return [Snapshot(step, _updates_of(path), path) for step, path in found]
+
+
+def steps_before(workdir: epath.Path, step: int) -> list[int]:
+    """The steps of the snapshots that an average at a checkpoint can be made of, oldest first."""
+    return sorted(there for there in _files(workdir / FOLDER) if there < step)
 
 
 def reconstruct(
@@ -223,7 +298,7 @@ def reconstruct(
       UserError: the snapshots do not reach that width, or are damaged.
     """
     width = width_of(asked)
-    known = [name for name in names(ema) if name.startswith(POWER)]
+    known = powers(ema)
     before = [s for s in snapshots(workdir) if s.step < step and s.updates < updates]
     before = list({s.updates: s for s in before}.values())  # of steps left out there may be two
     gammas = np.array([exponent(float(name.removeprefix(POWER))) for name in known])
@@ -238,14 +313,26 @@ def reconstruct(
             "steps are better, and more snapshots (--ema.snapshot_interval)"
         )
     total: dict[str, np.ndarray] = {}
-    rows = weights.reshape(len(lengths), len(known))
+    shapes = {name: leaf.shape for name, leaf in _flat(own).items()}
+    rows = _without_negligible(weights).reshape(len(lengths), len(known))
     for row, source in zip(rows, [*before, None], strict=True):
-        held = _flat(jax.device_get(own)) if source is None else _read(source.path)
-        for weight, name in zip(row, known, strict=True):
-            for leaf, like in flatten_dict(own[name], sep=".").items():
-                value = _entry(held, f"{name}/{leaf}", like.shape, source)
-                total[leaf] = total.get(leaf, 0.0) + weight * value.astype(np.float64)
+        of = {name: weight for name, weight in zip(known, row, strict=True) if weight}
+        wanted = {name: shape for name, shape in shapes.items() if name.partition("/")[0] in of}
+        held = _read(source.path, wanted) if source else _flat(jax.device_get(own)).items()
+        for name, value in held:
+            average, _, leaf = name.partition("/")
+            if average in of:
+                total[leaf] = total.get(leaf, 0.0) + of[average] * value.astype(np.float64)
     return unflatten_dict({k: v.astype(np.float32) for k, v in total.items()}, sep=".")
+
+
+def _without_negligible(weights: np.ndarray) -> np.ndarray:
+    """Zeros for the smallest weights, those that add up to less than NEGLIGIBLE."""
+    order = np.argsort(np.abs(weights))
+    small = order[np.cumsum(np.abs(weights[order])) < NEGLIGIBLE]
+    kept = weights.copy()
+    kept[small] = 0.0
+    return kept
 
 
 def width_of(asked: str) -> float:
@@ -272,20 +359,30 @@ def _flat(held: dict[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-def _read(path: epath.Path) -> dict[str, np.ndarray]:
+def _files(folder: epath.Path) -> dict[int, epath.Path]:
+    """The snapshots in a folder by their steps."""
+    found = [n.removesuffix(SUFFIX) for n in files.names(folder) if n.endswith(SUFFIX)]
+    return {int(name): folder / f"{name}{SUFFIX}" for name in found if name.isdecimal()}
+
+
+def _read(path: epath.Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors of a snapshot by name; on this machine one after the other, from a bucket whole."""
+    if not shapes:
+        return
     try:
-        return safetensors.numpy.load(path.read_bytes())
+        with contextlib.ExitStack() as stack:
+            if files.in_bucket(path):
+                get = safetensors.numpy.load(path.read_bytes()).__getitem__
+            else:
+                opened = safetensors.safe_open(os.fspath(path), framework="numpy")
+                get = stack.enter_context(opened).get_tensor
+            for name, shape in shapes.items():
+                value = get(name)
+                if value.shape != shape:
+                    raise ValueError(f"no {name} of shape {shape}")
+                yield name, value
     except Exception as error:  # the library raises its own kinds for a damaged file
         raise _damaged(path, error) from error
-
-
-def _entry(
-    held: dict[str, np.ndarray], name: str, shape: tuple[int, ...], source: Snapshot | None
-) -> np.ndarray:
-    if name not in held or held[name].shape != shape:
-        assert source is not None
-        raise _damaged(source.path, f"no {name} of shape {shape}")
-    return held[name]
 
 
 def _updates_of(path: epath.Path) -> int:

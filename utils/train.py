@@ -68,6 +68,8 @@ def fit(
         tell_start(first, config.max_steps)
         if first > config.max_steps:
             return state
+        averages.make_way(workdir, first - 1)
+        averages.tell_size(config, state.ema)
         data = batches(first - 1)
         with Logger(workdir, config, first - 1) as logger, Meter(config, first - 1) as meter:
             for number in range(first, config.max_steps + 1):
