@@ -7,26 +7,41 @@ DiT's. Einsum letters: n sample, h w rows and columns of the result, p q of the 
 """
 
 import itertools
+import reprlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from models import dit
 from models.attention import attention
 from models.layers import Condition, dropout
 
 FILTERS = {"box": (1, 1), "fir": (1, 3, 3, 1)}  # of `model.resample`; fir is that of NCSN++
 EMBEDDING = 4  # width of the condition, in base channels
 WIDEST = 64  # of what multiplies them
+MOST_LEVELS = 8
+MOST_BLOCKS = 64  # per resolution, times resolutions: each is traced and compiled on its own
 SKIP_SCALE = 0.5**0.5  # keeps the variance of a sum of two
 
 xavier = nn.initializers.xavier_uniform()
 attention_init = nn.initializers.variance_scaling(0.2, "fan_avg", "uniform")
 zeros = nn.initializers.zeros_init()
+
+
+def is_convolution(primitive: object, *_: Any, **__: Any) -> bool:
+    """Whether what is computed is one, for a policy of `jax.checkpoint`."""
+    return primitive is jax.lax.conv_general_dilated_p
+
+
+REMAT = dit.REMAT | {  # convolutions are products with parameters too
+    "dots": jax.checkpoint_policies.save_from_both_policies(dit.REMAT["dots"], is_convolution)
+}
 
 
 class UNet(nn.Module):
@@ -38,7 +53,8 @@ class UNet(nn.Module):
 
     Parameters are float32; `dtype` is that of convolutions and of what is kept between them. Time
     and label embeddings, group norms, residual sums, the softmax and the output are float32. It can
-    be differentiated in both modes.
+    be differentiated in both modes. `remat` says what the backward pass computes again: none, dots
+    (all but convolutions and other products with parameters) or full (each block).
     """
 
     hidden_size: int
@@ -51,6 +67,7 @@ class UNet(nn.Module):
     dropout: float = 0.0
     time_inputs: str = "t,t-r"
     dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -67,7 +84,7 @@ class UNet(nn.Module):
           ValueError: sizes that do not fit, as `check` says them.
         """
         check(
-            z.shape[1:], self.hidden_size, self.num_heads, self.channel_multipliers,
+            z.shape[1:], self.hidden_size, self.depth, self.num_heads, self.channel_multipliers,
             self.attention_resolutions, self.resample,
         )  # fmt: skip
         told = self.num_classes, self.time_inputs
@@ -126,7 +143,10 @@ class UNet(nn.Module):
           more: resize, attention, as `Block` takes them.
         """
         sizes = width or x.shape[-1], self.num_heads, self.dropout, self.resample, self.dtype
-        return Block(*sizes, **more, name=name)(x, c, keys, next(layers))
+        kind = Block
+        if self.remat != "none":  # nothing but a barrier keeps XLA from undoing it outside a scan
+            kind = nn.remat(Block, policy=REMAT[self.remat], static_argnums=(4,))
+        return kind(*sizes, **more, name=name)(x, c, keys, next(layers))
 
 
 class Block(nn.Module):
@@ -227,6 +247,7 @@ def _halving(side: int, resample: str) -> np.ndarray:
 def check(
     shape: tuple[int, ...],
     hidden_size: int,
+    depth: int,
     num_heads: int,
     channel_multipliers: tuple[int, ...],
     attention_resolutions: tuple[int, ...],
@@ -241,11 +262,7 @@ def check(
         raise ValueError("model.name=unet needs pictures: --model.name=mlp for points")
     if resample not in FILTERS:
         raise ValueError(f"model.resample={resample!r}: give --model.resample=box or fir")
-    if not channel_multipliers or not all(_is_count(m) for m in channel_multipliers):
-        raise ValueError(
-            f"model.channel_multipliers={channel_multipliers}: give whole numbers from 1 to "
-            f"{WIDEST}, one per level, as --model.channel_multipliers=1,2,2"
-        )
+    check_levels(depth, channel_multipliers, attention_resolutions)
     levels = len(channel_multipliers)
     if any(side % 2 ** (levels - 1) for side in shape[:2]):
         fit = next(n for n in range(levels, 0, -1) if not any(s % 2 ** (n - 1) for s in shape[:2]))
@@ -258,10 +275,33 @@ def check(
     unknown = [side for side in attention_resolutions if side not in sides]
     if unknown:
         raise ValueError(
-            f"model.attention_resolutions={attention_resolutions}: no map is {unknown[0]} high, "
-            f"give --model.attention_resolutions of {', '.join(map(str, sides))}"
+            f"model.attention_resolutions={reprlib.repr(attention_resolutions)}: no map is "
+            f"{unknown[0]} high, give --model.attention_resolutions of {', '.join(map(str, sides))}"
         )
     _check_heads(sides, hidden_size, num_heads, channel_multipliers, attention_resolutions)
+
+
+def check_levels(
+    depth: int, channel_multipliers: tuple[int, ...], attention_resolutions: tuple[int, ...]
+) -> None:
+    """Raises ValueError, as `check`, where no picture's U-Net has them: fields of `UNet`."""
+    levels = len(channel_multipliers)
+    if not 1 <= levels <= MOST_LEVELS or not all(_is_count(m) for m in channel_multipliers):
+        raise ValueError(
+            f"model.channel_multipliers={reprlib.repr(channel_multipliers)}: give whole numbers "
+            f"from 1 to {WIDEST}, one for each of up to {MOST_LEVELS} levels, as "
+            "--model.channel_multipliers=1,2,2"
+        )
+    if not all(type(side) is int and side > 0 for side in attention_resolutions):
+        raise ValueError(
+            f"model.attention_resolutions={reprlib.repr(attention_resolutions)}: give sides of "
+            "maps in whole numbers, as --model.attention_resolutions=16"
+        )
+    if depth * levels > MOST_BLOCKS:
+        raise ValueError(
+            f"model.depth={depth} blocks at each of {levels} levels are more than {MOST_BLOCKS}: "
+            f"give --model.depth={MOST_BLOCKS // levels} or less"
+        )
 
 
 def _check_heads(

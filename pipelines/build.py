@@ -157,7 +157,7 @@ def _check_lists(values: dict[str, Any]) -> None:
             pair = values[name]
             numbers = isinstance(pair, tuple) and all(type(t) in (int, float) for t in pair)
             ordered = pair if key == "tangent" else sorted(pair) if numbers else ()
-            if not (numbers and len(pair) == 2 and least <= min(pair) and max(pair) <= most) or (
+            if not (numbers and len(pair) == 2 and all(least <= t <= most for t in pair)) or (
                 list(ordered) != list(pair)
             ):
                 raise UserError(
@@ -169,12 +169,22 @@ def _check_lists(values: dict[str, Any]) -> None:
 def _check_network(config: ConfigDict) -> None:
     """Raises UserError where a network is larger than any machine, before it is looked at."""
     m = config.model
-    table = SIZES.get(m.size, {})
+    table = SIZES.get(m.size, {}) if m.name == "dit" else {}
     depth, width = (
         table.get(key, 1) if m[key] is None else m[key] for key in ("depth", "hidden_size")
     )
-    # Of a block: attention 4 d², the MLP 2 · ratio · d², the modulation 6 d².
-    count = int(depth * width**2 * (10 + 2 * m.mlp_ratio))
+    if m.name == "unet":
+        try:
+            unet.check_levels(depth, m.channel_multipliers, m.attention_resolutions)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        # A level has depth blocks down and depth + 1 up, of two convolutions by 3 × 3 at least.
+        widths = [width * multiplier for multiplier in m.channel_multipliers]
+        count = 2 * 9 * (2 * depth + 1) * sum(width**2 for width in widths)
+    else:
+        # Of a block: attention 4 d², the MLP 2 or 3 · ratio · d², the modulation 6 d².
+        products = 2 if m.name == "dit" and m.mlp == "gelu" else 3
+        count = int((depth + m.velocity_head) * width**2 * (10 + products * m.mlp_ratio))
     if count > MOST_PARAMETERS:
         raise UserError(
             f"model.depth={depth} and model.hidden_size={width} make a network of {count:.1e} "
@@ -187,6 +197,15 @@ def _check_network(config: ConfigDict) -> None:
 def check_patches(config: ConfigDict, side: int) -> None:
     """Raises UserError where what is `side` long each way makes more patches than attention can."""
     m = config.model
+    if m.name == "unet":
+        last = side // 2 ** (len(m.channel_multipliers) - 1)
+        most = max([last, *(own for own in m.attention_resolutions if own <= side)])
+        if most**2 > MOST_PATCHES:
+            raise UserError(
+                f"attention on maps of {most}x{most}, more than {MOST_PATCHES} places: give a "
+                "smaller --image_size, or --model.channel_multipliers of more numbers"
+            )
+        return
     patch = SIZES.get(m.size, {}).get("patch_size", 1) if m.patch_size is None else m.patch_size
     if (side // patch) ** 2 > MOST_PATCHES:
         raise UserError(
@@ -334,7 +353,7 @@ def _module(model: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.M
         return DiT(**common, dtype=_dtype(model.dtype))
     if model.name == "unet":
         common |= _unet_sizes(model, shape)
-        return UNet(**common, dtype=_dtype(model.dtype))
+        return UNet(**common, remat=model.remat, dtype=_dtype(model.dtype))
     if len(shape) > 1:
         raise UserError("model.name=mlp is for points: --model.name=dit for pictures")
     common |= _given(model, ("depth", "hidden_size"))
@@ -348,6 +367,11 @@ OWN = {  # what one kind of network alone knows
     ),
     "unet": ("channel_multipliers", "attention_resolutions", "resample"),
 }
+KERNELS = ("attention", "attention_jvp")
+IGNORED = {  # what changes nothing in one kind of network
+    "unet": ("size", "patch_size", "mlp_ratio", "unroll", *KERNELS),
+    "mlp": ("size", "patch_size", "num_heads", "dtype", "remat", "unroll", *KERNELS),
+}
 
 
 def _check_own(model: ConfigDict) -> None:
@@ -360,6 +384,24 @@ def _check_own(model: ConfigDict) -> None:
             )
     if model.prediction == "noise" and model.name != "dit":
         raise UserError("model.prediction=noise is for model.name=dit: leave it out")
+    for key in _ignored(model):
+        raise UserError(
+            f"model.{key}={model[key]} changes nothing where model.name={model.name}: leave it "
+            "out, or take a --config that does not give it"
+        )
+
+
+def _ignored(model: ConfigDict) -> list[str]:
+    """The keys that were given though the network does not know them."""
+    given = [key for key in IGNORED.get(model.name, ()) if model[key] != DEFAULTS.model[key]]
+    return [key for key in given if not (key in KERNELS and model[key] == "xla")]  # as it is
+
+
+def without_ignored(config: ConfigDict) -> ConfigDict:
+    """The config of a run, which may be older than the refusal of what changes nothing."""
+    for key in _ignored(config.model):
+        config.model[key] = DEFAULTS.model[key]
+    return config
 
 
 def _unet_sizes(model: ConfigDict, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -374,7 +416,7 @@ def _unet_sizes(model: ConfigDict, shape: tuple[int, ...]) -> dict[str, Any]:
     sizes |= {"num_heads": model.num_heads or 1}
     sizes |= {key: model[key] for key in OWN["unet"]}
     try:
-        unet.check(shape, **{key: value for key, value in sizes.items() if key != "depth"})
+        unet.check(shape, **sizes)
     except ValueError as error:
         raise UserError(str(error)) from error
     return sizes

@@ -23,6 +23,7 @@ from utils.cli import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 2, "unroll": 1}
+UNSIZED = (("patch_size", None),)  # where there are none
 WEIGHTS = pathlib.Path("transformer", "diffusion_pytorch_model.safetensors")
 
 
@@ -291,10 +292,10 @@ def test_folders_of_something_else(written, tmp_path):
 
 
 def test_networks_that_diffusers_cannot_be_given(tmp_path):
-    points = random_pipeline("mean_flow", 0, (2,), (("name", "mlp"),))
+    points = random_pipeline("mean_flow", 0, (2,), (("name", "mlp"), *UNSIZED, ("num_heads", None)))
     with pytest.raises(UserError, match=r"only a DiT on pictures .* this network is of points"):
         write_diffusers(points, tmp_path)
-    unet = random_pipeline("mean_flow", 10, (8, 8, 1), (("name", "unet"), ("depth", 1)))
+    unet = random_pipeline("mean_flow", 10, (8, 8, 1), (("name", "unet"), ("depth", 1), *UNSIZED))
     with pytest.raises(UserError, match=r"this network is of model\.name=unet: scripts/export"):
         write_diffusers(unet, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ names and links that lead out of their folder.
 import dataclasses
 import io
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -444,6 +445,7 @@ def test_a_card_that_is_deep_and_records_that_are_short(tmp_path):
     assert "is no card" in told(lambda: shards.read_card(tmp_path / "data"))
 
 
+UNET = {"name": "unet", "channel_multipliers": [1, 1, 1]}
 MODELS = {
     "shape": ({}, {"shape": [10**9, 10**9, 3]}),
     "no shape": ({}, {"shape": "8,8,1"}),
@@ -457,12 +459,32 @@ MODELS = {
     "key": ({"model": {"__class__": "x"}}, {}),
     "group": ({"model": 3}, {}),
     "list": ({"sample": {"steps": [10**12]}}, {}),
+    "second head": ({"model": {"velocity_head": 10**9}}, {}),
+    "levels": ({"shortcut": {"levels": 10**9}}, {}),
+    "levels of words": ({"shortcut": {"levels": "7"}}, {}),
+    "wide U-Net": ({"model": UNET | {"hidden_size": 90_000, "mlp_ratio": 0.01}}, {}),
+    "deep U-Net": ({"model": UNET | {"depth": 1000}}, {}),
+    "halved U-Net": ({"model": UNET | {"channel_multipliers": [1] * 10**5}}, {}),
+    "U-Net's pixels": ({"model": UNET}, {"shape": [4096, 4096, 1]}),
+}
+NO_LIST = (10**30, [10**30], [math.nan], ["1"], [[1, 2]], [[[]], 1], [True], [None], {"a": 1}, "1")
+LISTS = {
+    "model.channel_multipliers": NO_LIST,
+    "model.attention_resolutions": NO_LIST,
+    **dict.fromkeys(("ema.also", "ema.posthoc"), (*NO_LIST, [0.5] * 10**5)),
+    **dict.fromkeys(
+        ("alpha_flow.transition", "consistency.transition", "mean_flow.tangent"),
+        (*NO_LIST, [0, 10**30], [0, math.nan], [0, "9"], [0, [9]], [0] * 10**5),
+    ),
+    **dict.fromkeys(
+        (f"{name}.time_range" for name in ("flow_matching", "alpha_flow", "consistency")),
+        (*NO_LIST, [0, 10**30], [math.nan, 1], ["0", 1], [[0], 1], [0.5] * 10**5),
+    ),
 }
 
 
-@pytest.mark.parametrize("case", MODELS)
-def test_an_exported_model_that_lies(tmp_path, case):
-    config, card = MODELS[case]
+def described(tmp_path, config: dict, card: dict) -> str:
+    """The one line about an exported model with these changes."""
     example = ROOT / "pretrained" / "digits_mean_flow"
     for name, change in {"config.json": config, "card.json": card}.items():
         values = json.loads((example / name).read_text())
@@ -470,8 +492,23 @@ def test_an_exported_model_that_lies(tmp_path, case):
             both = isinstance(value, dict) and isinstance(values.get(key), dict)
             values[key] = values[key] | value if both else value
         (tmp_path / name).write_text(json.dumps(values))
-    told(lambda: FlowPipeline.describe(tmp_path))
+    words = told(lambda: FlowPipeline.describe(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["card.json", "config.json"]
+    return words
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_an_exported_model_that_lies(tmp_path, case):
+    described(tmp_path, *MODELS[case])
+
+
+@pytest.mark.parametrize("key", LISTS)
+def test_a_config_with_lists_of_anything(tmp_path, key):
+    section, name = key.split(".")
+    of = UNET if section == "model" else {}
+    for value in LISTS[key]:
+        words = described(tmp_path, {section: of | {name: value}}, {})
+        assert name in words, value
 
 
 @pytest.mark.parametrize("name", ["config.json", "card.json"])

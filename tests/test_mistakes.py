@@ -113,7 +113,8 @@ MISTAKES = {
     ),
     "distributed": ("train_flow.py --distributed=maybe", "one of <auto|on|off>"),
     # Networks.
-    "network": ("train_flow.py --model.name=unet", "dit or mlp"),
+    "network": ("train_flow.py --model.name=vit", "dit, unet or mlp"),
+    "network of other sizes": ("train_flow.py --model.name=unet", "leave it out, or take"),
     "unknown size": ("train_flow.py --model.size=B/3", "one of S/1"),
     "patch": ("train_flow.py --model.patch_size=3", "does not divide 8x8"),
     "heads": ("train_flow.py --model.num_heads=5", "multiple of 4 and of model.num_heads=5"),

@@ -30,6 +30,7 @@ UNET = {
     "model.depth": 1,
     "model.hidden_size": 8,
     "model.channel_multipliers": (1, 1),
+    "model.unroll": 1,
 }
 DATA = {"model.prediction": "data"}
 SECOND = {"objective": "improved_mean_flow", "model.depth": 2, "model.velocity_head": 1}

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 from scipy.signal import convolve2d
 
-from configs import cifar10
+from configs import cifar10, mnist_unet, toy
 from models.unet import Block, UNet, check, doubled, halved
+from pipelines import build
+from pipelines.stored import read_config
 from tests.test_tfds import prepare
 from utils import data
 from utils.cli import UserError
@@ -122,11 +124,16 @@ def test_attention_is_where_it_is_asked_for_and_at_the_bottom():
         ({"channel_multipliers": (1, 0)}, ("channel_multipliers", "1,2,2")),
         ({"channel_multipliers": (1, 65)}, ("channel_multipliers", "to 64")),
         ({"channel_multipliers": ()}, ("channel_multipliers", "1,2,2")),
+        ({"channel_multipliers": (1,) * 9}, ("up to 8 levels", "1,2,2")),
+        ({"depth": 22}, ("22 blocks at each of 3 levels", "--model.depth=21 or less")),
+        ({"attention_resolutions": ("a",)}, ("attention_resolutions=('a',)", "whole numbers")),
+        ({"attention_resolutions": (8.0,)}, ("attention_resolutions=(8.0,)", "whole numbers")),
+        ({"attention_resolutions": (2**70,)}, (f"no map is {2**70} high",)),
         ({"resample": "cubic"}, ("cubic", "fir")),
     ],
 )
 def test_what_does_not_fit_is_told_with_its_mend(changes, words):
-    sizes = {"shape": (16, 16, 3), "hidden_size": 16, "num_heads": 2, "resample": "box"}
+    sizes = {"shape": (16, 16, 3), "hidden_size": 16, "num_heads": 2, "resample": "box", "depth": 2}
     sizes |= {"channel_multipliers": (1, 2, 2), "attention_resolutions": ()}
     check(**sizes)
     with pytest.raises(ValueError) as caught:
@@ -134,6 +141,52 @@ def test_what_does_not_fit_is_told_with_its_mend(changes, words):
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+# What it does not know, nor does the MLP.
+
+
+OTHERS = {"size": "B/2", "patch_size": 2, "unroll": 4, "attention": "cudnn"}
+OTHERS |= {"attention_jvp": "fused"}
+CASES = {
+    "unet": OTHERS | {"mlp_ratio": 2.0},
+    "mlp": OTHERS | {"num_heads": 2, "dtype": "bfloat16", "remat": "full"},
+}
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name in CASES for key in CASES[name]])
+def test_what_changes_nothing_is_refused_but_of_older_runs(tmp_path, name, key):
+    config = mnist_unet.get_config() if name == "unet" else toy.get_config()
+    shape = (28, 28, 1) if name == "unet" else (2,)
+    build.network(config, shape, 0)
+    kept, value = config.to_json(), CASES[name][key]
+    config.model[key] = value
+    with pytest.raises(UserError) as caught:
+        build.network(config, shape, 0)
+    assert f"model.{key}={value} changes nothing where model.name={name}" in str(caught.value)
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert read_config(tmp_path / "config.json").to_json() == kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"name": "unet", "hidden_size": 90_000, "depth": 1, "mlp_ratio": 0.01}, 5e15),
+        ({"name": "unet", "hidden_size": 9_000, "depth": 8}, 1.9e11),
+        ({"size": "XL/2", "hidden_size": 11_520, "velocity_head": 28}, 1e11),
+        ({"size": "XL/2", "hidden_size": 14_400, "mlp": "swiglu"}, 1e11),
+    ],
+)
+def test_networks_beyond_any_machine_are_told(changes, most):
+    """Above the limit by what was not counted once: multipliers, the second head, the gates."""
+    config = mnist_unet.get_config() if "name" in changes else toy.get_config()
+    config.model.update({"name": "dit", "mlp_ratio": 4.0, "depth": None} | changes)
+    if most == 5e15:
+        config.model.channel_multipliers = (64, 64, 64)
+    with pytest.raises(UserError, match="give a smaller") as caught:
+        build.check_ranges(config)
+    words = str(caught.value).split()
+    assert most <= float(words[words.index("parameters,") - 1]) < 4 * most
 
 
 # Filters.
@@ -245,7 +298,7 @@ def test_dropout_follows_the_sample_and_is_off_without_keys():
 def test_dropout_masks_differ_between_blocks():
     """`layer` of models.layers.dropout: all numbers, and each once."""
     layers: list = []
-    module = small(dropout=0.5)
+    module, params = small(dropout=0.5), drawn()
 
     def spy(call, args, kwargs, context):
         if isinstance(context.module, Block) and context.method_name == "__call__":
@@ -253,8 +306,37 @@ def test_dropout_masks_differ_between_blocks():
         return call(*args, **kwargs)
 
     with nn.intercept_methods(spy):
-        jax.eval_shape(module.apply, drawn(), *inputs(), keys())
+        jax.eval_shape(module.apply, params, *inputs(), keys())
     assert layers == list(range(len(layers))) and len(layers) == 10
+
+
+@functools.cache
+def slopes(remat: str):
+    """Arrays and sizes kept for the backward pass, du/dt, and the gradient along `drawn`."""
+    changes = {"channel_multipliers": (1,), "dropout": 0.3}
+    module, params = small(**changes, remat=remat), drawn(**changes)
+    z, r, t, label = inputs()
+    toward = jax.tree.map(jnp.ones_like, (z, r, t))
+
+    def loss(params):
+        return jnp.sum(jnp.square(module.apply(params, z, r, t, label, keys())))
+
+    def both(params):
+        along = jax.jvp(lambda *x: module.apply(params, *x, label, keys()), (z, r, t), toward)
+        return along[1], jax.grad(loss)(params)
+
+    compiled = jax.jit(both).lower(params).compile()
+    convolutions = str(jax.make_jaxpr(jax.grad(loss))(params)).count("conv_general_dilated[")
+    return convolutions, *compiled(params)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_what_is_computed_again_changes_no_number(remat):
+    none, others = slopes("none"), slopes(remat)
+    for a, b in zip(jax.tree.leaves(none[1:]), jax.tree.leaves(others[1:]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(a).max()))
+    # Forward, then twice backward, and where whole blocks are computed again their own once more.
+    assert (others[0] > none[0]) == (remat == "full")
 
 
 def test_bfloat16_is_near_float32(standard_promotion):
