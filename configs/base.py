@@ -118,7 +118,7 @@ def _model() -> dict:
         "num_heads": placeholder(int),
         "mlp_ratio": 4.0,
         "dropout": 0.0,
-        "class_dropout_prob": 0.1,  # label → null label, for guidance
+        "class_dropout_prob": 0.1,  # label → null label, for guidance; 1: trains without labels
         "time_inputs": "t,t-r",  # what the network is told: "t", "t,r", "t,t-r" or "t-r"
         "time_scale": 1.0,  # of the times; above 1 MeanFlow diverges: for imported weights alone
         # velocity; data, x = z − t u, for pixels; or noise, of DiT's diffusion
