@@ -65,11 +65,9 @@ def fit(
     with Checkpoints(workdir, patience=3600 * config.save_patience, **keep) as checkpoints:
         state = start(config, init, mesh, checkpoints, begin)
         first = int(state.step) + 1
-        tell_start(first, config.max_steps)
+        ready(config, state, workdir)
         if first > config.max_steps:
             return state
-        averages.make_way(workdir, first - 1)
-        averages.tell_size(config, state.ema)
         data = batches(first - 1)
         with Logger(workdir, config, first - 1) as logger, Meter(config, first - 1) as meter:
             for number in range(first, config.max_steps + 1):
@@ -96,11 +94,15 @@ def fit(
     return state
 
 
-def tell_start(first: int, last: int) -> None:
-    """Says where a run goes on, or that it is done."""
-    if first > 1 and jax.process_index() == 0:
-        what = "nothing to do below a greater --max_steps" if first > last else "going on"
-        print(f"at step {first - 1:,} of {last:,}: {what}", file=sys.stderr)
+def ready(config: ConfigDict, state: TrainState, workdir: str | os.PathLike) -> None:
+    """Says where a run goes on, or that it is done; else makes its folder ready for snapshots."""
+    done, last = int(state.step), config.max_steps
+    if done and jax.process_index() == 0:
+        what = "nothing to do below a greater --max_steps" if done >= last else "going on"
+        print(f"at step {done:,} of {last:,}: {what}", file=sys.stderr)
+    if done < last:
+        averages.make_way(workdir, done)
+        averages.tell_size(config, state.ema)
 
 
 def log(logger: Logger, number: int, meter: "Meter") -> None:
