@@ -71,6 +71,7 @@ def write(comparison: Comparison, options: Options) -> str:
     found = lines(comparison, rows)
     logged = _logged(comparison)
     orders = [_order(comparison, name, found) for name in comparison.plan.groups]
+    orders = [order for order in orders if len(order["values"]) > 1]
     text = "\n".join(_texts(comparison, rows, found, logged, orders))
     out = pathlib.Path(options.out or comparison.workdir)
     out.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ def write(comparison: Comparison, options: Options) -> str:
         }
         (stage / "results.json").write_text(json.dumps(value, indent=2))
         figures.save_curves(
-            stage / "results.png", list(_panels(comparison, rows, found)), ylabel=found[0].metric
+            stage / "results.png", list(_panels(comparison, found)), ylabel=found[0].metric
         )
         _draw_samples(stage / "samples.png", comparison)
         for file in stage.iterdir():
@@ -347,31 +348,37 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 # Pictures.
 
 
-def _panels(
-    comparison: Comparison, rows: Sequence[tuple[int, Row]], found: Sequence[Line]
-) -> Iterator[figures.Panel]:
-    """A panel per budget, of the first metric: a curve per recipe, its spread as bars."""
-    first = found[0]
-    real = {
-        f"{row.run}, N = {row.num_samples:,}": row.value
-        for _, row in rows
-        if row.steps is None and row.metric == first.metric and row.num_samples >= first.num_samples
-    }
+def _panels(comparison: Comparison, found: Sequence[Line]) -> Iterator[figures.Panel]:
+    """A panel per budget, of the first metric: a curve per recipe, its spread as bars.
+
+    Real data is left to the table: far below, it would leave the curves no room.
+    """
+    main = [line for line in found if line.metric == found[0].metric]
     for budget in listed(comparison.plan.budgets):
-        drawn: dict[str, list[Line]] = {}
-        for line in found:
-            if (line.budget, line.metric) == (budget, first.metric):
-                drawn.setdefault(line.recipe, []).append(line)
-        shown = [
-            figures.Curve(
-                recipe,
-                [line.steps for line in of],
-                [line.value for line in of],
-                [line.deviation or 0.0 for line in of],
-            )
-            for recipe, of in drawn.items()
-        ]
-        yield figures.Panel(TITLES[budget], shown, real)
+        at = [line for line in main if line.budget == budget]
+        for group in comparison.plan.groups.values():  # too many for one pair of axes
+            names = dict(zip(group.recipes, group.labels, strict=True))
+            if shown := _curves(at, names):
+                yield figures.Panel(f"{group.title}, {TITLES[budget]}", shown, {})
+        if not comparison.plan.groups:
+            yield figures.Panel(TITLES[budget], _curves(at, {}), {})
+
+
+def _curves(found: Sequence[Line], names: dict[str, str]) -> list[figures.Curve]:
+    """A curve per recipe over sampling steps, called as `names` has it; empty: all, by name."""
+    drawn: dict[str, list[Line]] = {}
+    for line in found:
+        if not names or line.recipe in names:
+            drawn.setdefault(names.get(line.recipe, line.recipe), []).append(line)
+    return [
+        figures.Curve(
+            name,
+            [line.steps for line in of],
+            [line.value for line in of],
+            [line.deviation or 0.0 for line in of],
+        )
+        for name, of in drawn.items()
+    ]
 
 
 def _draw_samples(path: pathlib.Path, comparison: Comparison) -> None:
@@ -390,7 +397,7 @@ def _draw_samples(path: pathlib.Path, comparison: Comparison) -> None:
         if all(grid.exists() for grid in grids):  # points, and sweeps of guidance, have other files
             pairs = zip(steps, grids, strict=True)
             tiles.append([_tile(s, grid) for s, grid in pairs])
-            names.append(recipe.name)
+            names.append(recipe.name.replace("_", "\n"))
     if tiles:
         figures.save_mosaic(path, tiles, names)
 
