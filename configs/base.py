@@ -211,5 +211,8 @@ def _guided() -> dict:
 
 
 def _transition() -> dict:
-    """How α falls from 1 to 0 between two steps: a sigmoid, clamped near its ends."""
-    return {"transition": (0, 100_000), "sharpness": 25.0, "clamp": 0.005}
+    """How α falls from 1 to 0 between two steps: a sigmoid, clamped near its ends.
+
+    (0, 0) is the first two thirds of max_steps.
+    """
+    return {"transition": (0, 0), "sharpness": 25.0, "clamp": 0.005}

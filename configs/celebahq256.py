@@ -16,7 +16,8 @@ prepare_data.py --autoencoder=none wrote:
 
 Variants of shortcut models (arXiv 2410.12557), with the settings of the authors' code: shortcut_b2
 (FID-50K of 128, 4 and 1 steps in their README: 6.9, 13.8, 20.5) and shortcut_xl2, of which none was
-published. Their targets come from averaged parameters, ours from the parameters themselves.
+published. Their targets come from averaged parameters and, by default, their samples from the
+parameters themselves (--ema=none); ours the other way round.
 
   python train_meanflow.py --config=configs/celebahq256.py:shortcut_b2 --data_dir=data/celebahq256
   python eval_fid.py --workdir=runs/celebahq256/shortcut --steps=1,4,128

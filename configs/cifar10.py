@@ -64,7 +64,7 @@ def meanflow(config: ConfigDict, variant: str) -> ConfigDict:
     config.max_steps = 800_000
     config.model.class_dropout_prob = 1.0  # no labels
     config.optimizer.update({"lr": 6e-4, "beta2": 0.999, "warmup_steps": 10_000})
-    config.ema.decay = 0.99995
+    config.ema.update({"decay": 0.99995, "also": (0.9999, 0.9996)})
     config.sample.steps = (1, 2)
     law = {"time_mean": -2.0, "time_std": 2.0, "interval_share": 0.75, "p": 0.75, "c": 0.001}
     config.mean_flow.update(law)

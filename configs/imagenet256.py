@@ -129,7 +129,8 @@ def improved(config: ConfigDict, depth: int, width: int, heads: int) -> ConfigDi
     config.flip = False
     config.optimizer.update({"beta2": 0.95, "warmup_steps": 10 * steps_per_epoch})
     config.model.update({"size": "", "depth": depth, "hidden_size": width, "num_heads": heads})
-    config.model.update({"patch_size": 2, "mlp_ratio": 8 / 3, "time_inputs": "t-r"})
+    inner = 8 * width // 3  # rounded down, as in the authors' code
+    config.model.update({"patch_size": 2, "mlp_ratio": inner / width, "time_inputs": "t-r"})
     config.model.update({"positions": "rope", "mlp": "swiglu", "norm": "rms", "qk_norm": True})
     config.model.update({"conditioning": "tokens", "velocity_head": 8, "guidance_inputs": True})
     config.improved_mean_flow.update({"omega_max": 8.0})

@@ -33,7 +33,8 @@ def get_config(variant: str = "checkerboard") -> ConfigDict:
     # Edges form at small t, which a logit-normal law seldom draws. In two dimensions errors differ
     # much between samples, so that weighting by them (p = 1) would pull points into clumps.
     config.flow_matching.update({"time_law": "uniform"})
-    config.mean_flow.update({"time_law": "uniform", "interval_share": 0.5, "p": 0.0})
+    for section in ("mean_flow", "improved_mean_flow", "alpha_flow"):
+        config[section].update({"time_law": "uniform", "interval_share": 0.5, "p": 0.0})
     config.optimizer.update({"lr": 2e-3, "warmup_steps": 100, "schedule": "cosine"})
     config.ema.update({"decay": 0.998})
     config.sample.update({"num": 4096})

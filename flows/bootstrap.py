@@ -42,12 +42,12 @@ def alpha_flow(
 ) -> tuple[Array, Metrics]:
     """E w ‖u − sg(u_tgt)‖², u_tgt = α v_g + (1 − α) u(z_s, r, s) (arXiv 2510.20771, section 4).
 
-    s = t − α (t − r) lies between r and t, and z_s = z_t − (t − s) v_g on the straight line there.
-    α = 1 regresses u(z, r, t) on v for every r; as α → 0 the residual over α becomes MeanFlow's,
-    and at α = 0 the target is MeanFlow's own. In between it is biased by about α².
+    s = t − α (t − r), and z_s = z_t − (t − s) v_g. α = 1 regresses u(z, r, t) on v for every r; as
+    α → 0 the residual over α becomes MeanFlow's, and at α = 0 the target is MeanFlow's own. In
+    between it is biased by about α².
 
-    The weight is α^(2p − 1) / (mean squared error + c)^p where r ≠ t, that is α / (error + c) for
-    p = 1 and 1 / α for p = 0; where r = t, and at α = 0, it is that of α = 1.
+    The weight is α^(2p − 1) / (error + c)^p where r ≠ t, that of α = 1 where r = t and at α = 0; c
+    is of an element. Errors of r ≠ t fall as α² untaught: read `velocity_error`.
 
     Args:
       pair_law: key → (r, t).
@@ -79,7 +79,7 @@ def alpha_flow(
     u = network(params, z, r, t, *d.rest)
     error = squared_norm(u - stop_gradient(u_tgt))
     scale = jnp.where((r < t) & (a > 0), jnp.where(a > 0, a, 1.0) ** (2 * p - 1), 1.0)
-    weight = scale * adaptive_weight(error / (z.size // len(z)), p, c)
+    weight = scale * adaptive_weight(error, p, c * (z.size // len(z)))
     return jnp.mean(weight * error), error_metrics(error, squared_norm(u - v), t - r, z)
 
 

@@ -152,15 +152,16 @@ def improved_mean_flow(
     own = functools.partial(own_velocity, network, heads)
     rest: tuple[Array, ...] = d.rest
     if guidance_law is None:
-        part = own(frozen, *(taken(a, pattern) for a in (z, t, d.label)))
-        v_g, v_own = v, put(jnp.zeros_like(z), part, pattern)
+        v_g, v_own = v, v  # where r = t it has no weight
+        if pattern.any():
+            part = own(frozen, *(taken(a, pattern) for a in (z, t, d.label)))
+            v_own = put(v, part, pattern)
     else:
         told = jax.vmap(guidance_law)(d.keys.guidance, r < t)
         rest = *d.rest, told
         v_g, v_own = told_target(own, frozen, z, t, d.label, v, d.dropped, told, null_label)
-    du_dt = derivative(
-        forward, frozen, (z, r, t), (v_own, jnp.zeros_like(r), jnp.ones_like(t)), rest, pattern
-    )
+    along = (z, r, t), (v_own, jnp.zeros_like(r), jnp.ones_like(t))
+    du_dt = derivative(forward, frozen, *along, rest, pattern)
     u, v_head = heads(params, z, r, t, *rest) if heads else (network(params, z, r, t, *rest), None)
     error = squared_norm(u + like(t - r, z) * stop_gradient(du_dt) - v_g)
     loss = jnp.mean(adaptive_weight(error, p, c) * error)

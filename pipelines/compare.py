@@ -27,7 +27,7 @@ from configs import compare as plans
 from pipelines import build
 from pipelines.jobs import Job, work_off
 from pipelines.objectives import AVERAGES, average_objective, flow_objective
-from pipelines.train import check_workdir, step_flops
+from pipelines.train import check_workdir, load, step_flops
 from utils import cli, data, files
 from utils.claims import Claims
 from utils.cli import UserError, flatten
@@ -237,10 +237,10 @@ _loaded: dict[tuple, data.Dataset] = {}  # the last one, which recipes share
 
 
 def _dataset(config: ConfigDict) -> data.Dataset:
-    key = tuple(config[name] for name in DATA)
+    key = (*(config[name] for name in DATA), config.model.class_dropout_prob == 1)
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = data.load(config)
+        _loaded[key] = load(config)
     return _loaded[key]
 
 

@@ -227,7 +227,7 @@ class FlowPipeline:
 
     @property
     def consistent(self) -> bool:
-        """Whether it was taught those of all intervals, not only of those that end at the data."""
+        """Whether it was taught those of intervals anywhere, of any length."""
         return consistent(self.config)
 
     def __call__(self, labels: np.ndarray, **options: Any) -> np.ndarray:
@@ -286,6 +286,7 @@ class FlowPipeline:
         n = len(labels)
         indices = np.arange(n) if indices is None else indices
         check_numbers(n, np.asarray(indices), guidance, guidance_interval, seed)
+        self._check_told(guidance, guidance_interval)
         mesh = make_mesh()
         padding = -n % mesh.size
         label, index = (
@@ -341,6 +342,10 @@ class FlowPipeline:
         self._check_labels(label)
         if not (np.all(r >= 0) and np.all(r <= t) and np.all(t <= 1)):
             raise UserError("times must be 0 <= r <= t <= 1: t = 0 is data, t = 1 noise")
+        if self._to_data_alone and np.any(r > 0):
+            raise UserError(
+                "consistency training teaches averages down to the data alone: give r = 0"
+            )
         if not self.averages and np.any(r < t):
             raise UserError(
                 "flow matching teaches the velocity at r = t alone, and no average over r < t: "
@@ -402,12 +407,16 @@ class FlowPipeline:
         scale = 1.0 if self.network.told else guidance
         return network_calls(np.asarray(times), scale, guidance_interval)
 
-    @property
-    def sampler_name(self) -> str:
-        """The sampler where none is given: the one that goes with what the network was taught."""
-        return {"flow_matching": "euler", "consistency": "consistency"}.get(
-            self.config.objective, "meanflow"
-        )
+    def default_sampler(self, steps: int) -> str:
+        """The sampler that goes with what the network was taught.
+
+        Euler's where as many steps are asked of a shortcut model as its finest level has: their
+        length it knows as none.
+        """
+        objective = self.config.objective
+        if objective == "shortcut" and steps >= 2**self.config.shortcut.levels:
+            return "euler"
+        return {"flow_matching": "euler", "consistency": "consistency"}.get(objective, "meanflow")
 
     def with_params(self, params: Any) -> "FlowPipeline":
         """The same pipeline around other parameters; nothing is compiled again."""
@@ -419,9 +428,9 @@ class FlowPipeline:
         Raises:
           UserError: as `draw`.
         """
-        sampler = sampler or self.sampler_name
         if not isinstance(steps, int | np.integer) or steps < 1:
             raise UserError(f"steps={steps}: a whole number, at least 1")
+        sampler = sampler or self.default_sampler(int(steps))
         if sampler not in (*SAMPLERS, ADAPTIVE):
             raise UserError(f"no sampler {sampler!r}: there are {', '.join((*SAMPLERS, ADAPTIVE))}")
         if sampler in ("meanflow", "consistency") and not self.averages:
@@ -429,10 +438,11 @@ class FlowPipeline:
                 f"sampler {sampler} needs average velocities, which flow matching does not teach: "
                 "use euler, heun or euler_stochastic"
             )
-        if sampler == "meanflow" and not self.consistent and steps > 1:
+        to_data = sampler == "consistency" or (sampler == "meanflow" and steps == 1)
+        if self._to_data_alone and not to_data:
             raise UserError(
-                "sampler meanflow in several steps needs average velocities of all intervals, "
-                "consistency training teaches those that end at the data: use consistency"
+                f"sampler {sampler} needs velocities that consistency training does not teach: it "
+                "knows the way to the data alone; use consistency"
             )
         for scale in guidance:
             if scale != 1 and self.num_classes == 0:
@@ -440,10 +450,20 @@ class FlowPipeline:
             self._check_told(scale)
         return sampler
 
-    def _check_told(self, scale: float) -> None:
+    @property
+    def _to_data_alone(self) -> bool:
+        """Whether the network was taught u(z, 0, t) and nothing else."""
+        config = self.config
+        return config.objective == "consistency" and config.consistency.interval_share == 1
+
+    def _check_told(self, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> None:
         """Raises UserError where a network that is told its guidance was never told such a one."""
-        if not self.network.told:
+        if not self.network.told or scale == 1:
             return
+        if not interval[0] <= 0.5 <= interval[1]:
+            raise UserError(
+                f"guidance_interval={interval}: this network was told intervals around 0.5"
+            )
         most = self.config.improved_mean_flow.omega_max
         most = most if most > 1 else np.inf  # of a network that came back from others it is unknown
         if not 1 <= scale <= most:
@@ -451,8 +471,8 @@ class FlowPipeline:
 
 
 def consistent(config: ConfigDict) -> bool:
-    """Whether an objective teaches average velocities over intervals anywhere."""
-    return config.objective not in ("flow_matching", "consistency")
+    """Whether an objective teaches average velocities over intervals anywhere, of any length."""
+    return config.objective not in ("flow_matching", "consistency", "shortcut")
 
 
 def make_sampler(network: build.Network, shape: tuple[int, ...]) -> Callable[..., Draw]:

@@ -241,7 +241,8 @@ def _what(config: ConfigDict, card: dict[str, Any]) -> str:
     size = f", {card['parameters']:,} parameters" if card.get("parameters") else ""
     lines = [f"A {_network(config)}{size}, that makes {seen} by {paper}; {labels}."]
     if config.objective != "flow_matching":
-        lines.append("One network call makes a sample; more steps refine it.")
+        own = ", by its own sampler" if config.objective == "consistency" else ""
+        lines.append(f"One network call makes a sample; more steps refine it{own}.")
     if card.get("origin"):
         lines.append(f"Its weights were imported from {card['origin']}.")
     names = card.get("class_names") or ()
@@ -353,6 +354,8 @@ def _times(config: ConfigDict) -> str:
     law = section.time_law.replace("_", "-")
     if section.time_law != "uniform":
         law += f"({section.time_mean:g}, {section.time_std:g})"
+    if "transition" in section:
+        law += f", α from 1 to 0 in steps {section.transition[0]:,} to {section.transition[1]:,}"
     if config.objective != "flow_matching":
         law += f", r ≠ t for {100 * section.interval_share:g} % of the batch"
     return law

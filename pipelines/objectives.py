@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from configs import base
 from flows import times
 from flows.bootstrap import alpha_flow, consistency, shortcut
 from flows.guidance import effective_scale, power_law
@@ -113,9 +114,15 @@ def _annealed(
     m = config[name]
     check_heads(config, name)
     check_average(config, name)
-    start, end = m.transition
+    start, end = m.transition = tuple(m.transition) if any(m.transition) else two_thirds(config)
     if start == end:
-        raise UserError(f"{name}.transition={start},{end}: give --{name}.transition=0,100000")
+        raise UserError(f"{name}.transition={start},{end}: give --{name}.transition=0,{end}")
+    if end > config.max_steps and jax.process_index() == 0:
+        print(
+            f"warning: α falls until step {end:,}, after training ends at {config.max_steps:,}: "
+            f"--{name}.transition=0,{two_thirds(config)[1]} ends in time",
+            file=sys.stderr,
+        )
     return partial(
         objective,
         interval_share=m.interval_share,
@@ -127,6 +134,11 @@ def _annealed(
         **_label_dropout(config, num_classes),
         **bound,
     )
+
+
+def two_thirds(config: ConfigDict) -> tuple[int, int]:
+    """The transition where none is given, as the run's config then says it."""
+    return 0, max(2 * config.max_steps // 3, 1)
 
 
 def shortcut_objective(config: ConfigDict, num_classes: int, local: int = 0) -> Callable:
@@ -163,7 +175,26 @@ def average_objective(config: ConfigDict, num_classes: int, local: int = 0) -> C
     if name not in AVERAGES:
         flow = "; train_flow.py has flow_matching" if name == "flow_matching" else ""
         raise UserError(f"objective={name!r}: give --objective={' or '.join(AVERAGES)}{flow}")
+    warn_of_others(config, name)
     return AVERAGES[name](config, num_classes, local)
+
+
+def warn_of_others(config: ConfigDict, name: str) -> None:
+    """Says, once, where MeanFlow's options are given to an objective that has its own."""
+    given, own = config.mean_flow, config[name]
+    known = base.objectives()
+    lost = [
+        key
+        for key in own
+        if key in given and given[key] != known["mean_flow"][key] and own[key] == known[name][key]
+    ]
+    if lost and name != "mean_flow" and jax.process_index() == 0:
+        words = " ".join(f"--{name}.{key}" for key in lost)
+        print(
+            f"warning: mean_flow.{lost[0]}={given[lost[0]]} is MeanFlow's: {name} has its own, "
+            f"{words}",
+            file=sys.stderr,
+        )
 
 
 def check_average(config: ConfigDict, name: str) -> None:

@@ -35,6 +35,11 @@ FREE = (
 LATEST, BEST, ALL = "latest", "best", "all"
 
 
+def is_free(key: str) -> bool:
+    """Whether a key, "optimizer.lr" say, may change between the parts of a run."""
+    return key in FREE or key.startswith(tuple(group for group in FREE if group.endswith(".")))
+
+
 @dataclass
 class Run:
     """A run's folder, or an exported model's.

@@ -182,14 +182,16 @@ def _cells(run: Run, plan: Plan) -> list[Cell]:
     found = itertools.product(
         run.checkpoints(plan.checkpoint),
         [run.average(word) for word in plan.ema or ("",)],
-        [run.pipeline.check(1, word, plan.guidance) for word in plan.sampler or ("",)],
+        plan.sampler or ("",),
         plan.grid,
         plan.guidance,
         intervals(plan),
         plan.seed,
         plan.steps,
     )
-    cells = (Cell(run.name, *values) for values in found)
+    given = (Cell(run.name, *values) for values in found)
+    check = run.pipeline.check
+    cells = [c._replace(sampler=check(c.steps, c.sampler, [c.guidance])) for c in given]
     return list(
         dict.fromkeys(c._replace(interval=(0.0, 1.0)) if c.guidance == 1 else c for c in cells)
     )

@@ -23,7 +23,7 @@ from models.autoencoder import Autoencoder
 from pipelines import build, initial, objectives
 from pipelines.flow import FlowPipeline, consistent
 from pipelines.quick import QuickDistance
-from pipelines.runs import FREE
+from pipelines.runs import is_free
 from pipelines.stored import read_config, read_json, trained_card, write_json
 from utils import data, files, flops
 from utils.cli import UserError, absolute, flatten
@@ -67,7 +67,7 @@ def _train(
 ) -> TrainState:
     files.check_local(data_dir=config.data_dir, autoencoder=config.autoencoder)
     files.reach(files.place(workdir))
-    dataset = data.load(config)
+    dataset = load(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batch(config, mesh)
     local = config.batch_size // mesh.size // config.accumulation
@@ -85,7 +85,7 @@ def _train(
     objective = objectives.with_forward(objective, network)
     options = {key: config[key] for key in ("cache", "batch_size", "seed", "flip")}
     batches = feed(dataset.train, mesh, **options)
-    check_workdir(path, config, dataset.identity)
+    check_workdir(path, config, dataset.identity, dataset.num_classes)
     begin, origin = initial.first(config, network, path, anywhere(has_checkpoints(path)))
     card = make_card(config, dataset, shape, network, objective) | origin
     pipeline = FlowPipeline.build(config, card, autoencoder=codec)
@@ -117,6 +117,14 @@ def _train(
             f"{path} is trained; python sample.py --workdir={path} draws from it", file=sys.stderr
         )
     return state
+
+
+def load(config: ConfigDict) -> data.Dataset:
+    """The data set, without labels where all are left out: model.class_dropout_prob = 1."""
+    dataset = data.load(config)
+    if config.model.class_dropout_prob == 1:
+        return dataset._replace(num_classes=0, classes=())
+    return dataset
 
 
 def abstract_arguments(
@@ -310,8 +318,14 @@ def has_checkpoints(path: epath.Path) -> bool:
     return any(name[0].isdigit() for name in files.names(path / "checkpoints"))
 
 
-def check_workdir(path: epath.Path, config: ConfigDict, dataset: str) -> None:
-    """Raises UserError where `path` holds checkpoints of another config or of other data."""
+def check_workdir(
+    path: epath.Path, config: ConfigDict, dataset: str, num_classes: int | None = None
+) -> None:
+    """Raises UserError where `path` holds checkpoints of another config or of other data.
+
+    Args:
+      num_classes: of the labels, where it is known.
+    """
     if path.is_file():
         raise UserError(f"{path} is a file: name a folder with --workdir")
     if not has_checkpoints(path):
@@ -321,15 +335,21 @@ def check_workdir(path: epath.Path, config: ConfigDict, dataset: str) -> None:
         for of in (read_config(path / "config.json"), config)
     )
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    free = FREE if config.optimizer.schedule == "constant" else tuple(set(FREE) - {"max_steps"})
-    changed = [k for k in changed if not k.startswith(free)]
+    steady = config.optimizer.schedule == "constant"
+    changed = [k for k in changed if not is_free(k) or (k == "max_steps" and not steady)]
     if changed:
         was = ", ".join(f"{k}={old.get(k)} (now {new.get(k)})" for k in changed[:3])
         raise UserError(
             f"{path} holds another run, with {was}: give the same options to continue it, "
             "or another --workdir"
         )
-    trained_on = read_json(path / "card.json").get("dataset")
+    card = read_json(path / "card.json")
+    trained_on = card.get("dataset")
+    if num_classes not in (None, card.get("num_classes")):
+        raise UserError(
+            f"{path} holds a run of {card.get('num_classes')} classes, here are {num_classes}: see "
+            "--data_dir, or name another --workdir"
+        )
     if trained_on != dataset:
         raise UserError(
             f"{path} holds a run on {trained_on}, the data here is {dataset}: see --data_dir, "

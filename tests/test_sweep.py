@@ -62,7 +62,7 @@ class Fake:
     def load(self, step, ema):
         return self
 
-    def identity(self, step):
+    def identity(self, step, ema):
         return f"{self.name} {self.config.objective}"
 
     # As a FlowPipeline.

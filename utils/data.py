@@ -61,8 +61,6 @@ class Dataset(NamedTuple):
 def load(config: ConfigDict) -> Dataset:
     """Returns the data set `config.dataset_name`, by data_dir, image_size and holdout.
 
-    A run whose labels are all left out, model.class_dropout_prob = 1, gets it without labels.
-
     Raises:
       UserError: an unknown name, or data that is missing, unreadable or of another size.
     """
@@ -73,10 +71,7 @@ def load(config: ConfigDict) -> Dataset:
         raise UserError(f"unknown dataset_name {name!r}: {hint}")
     if not 0 <= config.holdout < 1:
         raise UserError(f"holdout is a share in [0, 1), not {config.holdout}: give --holdout=0.1")
-    dataset = _latents(config) if config.use_stable_vae else LOADERS[name](config)
-    if config.model.class_dropout_prob == 1:
-        return dataset._replace(num_classes=0, classes=())
-    return dataset
+    return _latents(config) if config.use_stable_vae else LOADERS[name](config)
 
 
 def load_pictures(config: ConfigDict, origin: dict | None, data_dir: str = "") -> Dataset:
