@@ -161,7 +161,7 @@ def _check_lists(values: dict[str, Any]) -> None:
                 list(ordered) != list(pair)
             ):
                 raise UserError(
-                    f"{name}={pair}: two numbers from {least:g} to {most:g}, the lower first: "
+                    f"{name}={pair}: two numbers from {least:,} to {most:,}, the lower first: "
                     f"give --{name}={given}"
                 )
 

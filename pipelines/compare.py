@@ -135,7 +135,10 @@ def prepare(plan: ConfigDict, options: Options) -> Comparison:
 def check(plan: ConfigDict) -> None:
     """Raises UserError where a plan cannot be what is meant."""
     if set(plan.keys()) != set(plans.plan("", {}).keys()):
-        raise UserError("this config is no plan of a comparison: --config=configs/compare.py:mnist")
+        raise UserError(
+            "this config is no plan of a comparison: give --config=configs/compare.py:digits, or "
+            "mnist"
+        )
     known, names = ", ".join(plan.recipes), listed(plan.names)
     for name in names:
         if name not in plan.recipes:

@@ -122,19 +122,25 @@ def check_alike(source: FlowPipeline, config: ConfigDict) -> None:
                 f"init_from={config.init_from} has model.{key}={value}: give "
                 f"--model.{key}={value}, or another network"
             )
-    heads, mine = (_heads(model, source.shape) for model in (theirs, ours))
-    if heads != mine:
+    sizes, mine = (_sizes(model, source.shape) for model in (theirs, ours))
+    if changed := [key for key in sizes if sizes[key] != mine[key]]:
+        given = " ".join(f"--model.{key}={sizes[key]}" for key in changed)
+        key = changed[0]
         raise UserError(
-            f"init_from={config.init_from} has {heads} heads, this network {mine}: give "
-            f"--model.num_heads={heads}"
+            f"init_from={config.init_from} has model.{key}={sizes[key]}, this network {mine[key]}: "
+            f"give {given}"
         )
 
 
-def _heads(model: ConfigDict, shape: tuple[int, ...]) -> int:
-    """The heads of its attention."""
+def _sizes(model: ConfigDict, shape: tuple[int, ...]) -> dict[str, int]:
+    """What `model.size`, or the keys, make of a network's sizes."""
     if model.name == "dit":
-        return build.dit_sizes(model, shape)["num_heads"]
-    return model.num_heads or 1
+        return build.dit_sizes(model, shape)
+    return {
+        "depth": model.depth,
+        "hidden_size": model.hidden_size,
+        "num_heads": model.num_heads or 1,
+    }
 
 
 def with_heads(loaded: dict, there: int, here: int) -> dict:

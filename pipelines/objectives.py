@@ -69,11 +69,12 @@ def improved_mean_flow_objective(config: ConfigDict, num_classes: int, local: in
     check_average(config, name)
     guided = m.omega_max > 1
     if guided != config.model.guidance_inputs:
+        most = m.omega_max if guided else 8
         raise UserError(
             f"improved_mean_flow.omega_max={m.omega_max:g} with "
             f"model.guidance_inputs={config.model.guidance_inputs}: a network is told the guidance "
-            "that it is taught; give --improved_mean_flow.omega_max=8 --model.guidance_inputs, or "
-            "neither"
+            f"that it is taught; give --improved_mean_flow.omega_max={most:g} "
+            "--model.guidance_inputs, or neither"
         )
     if guided:
         check_guidable(config, "improved_mean_flow.omega_max=1", num_classes)

@@ -40,10 +40,11 @@ class Plan(NamedTuple):
       samples: Pictures made elsewhere: a folder, a .zip, or an .npz with arr_0; once per set.
       steps: Sampling steps, by commas.
       guidance: Scales ω of classifier-free guidance in sampling, by commas; 1 for none. A run
-        trained with guidance needs none, and every other scale doubles the network calls.
+        trained with guidance needs none, and every other scale doubles the network calls; but a
+        network that is told its guidance takes it as an input, at no further call.
       guidance_interval: Times LOW:HIGH at which guidance is used, by commas; t = 1 is noise.
-      sampler: Of meanflow, euler, heun and euler_stochastic, by commas; by default what the run
-        was trained for.
+      sampler: Of meanflow, consistency, euler, heun and euler_stochastic, by commas; by default
+        what the run was trained for.
       grid: Where the steps lie, by commas: uniform, cosine (short at both ends), quadratic (short
         near the data) or shifted (short near the noise).
       checkpoint: Of each run: latest, best (as --best_metric of its training had it), all, or

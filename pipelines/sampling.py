@@ -55,12 +55,13 @@ class Sampling(NamedTuple):
       steps: Sampling steps; several, by commas, are shown side by side, from the same noise. By
         default 1 for a network of average velocities, 32 for flow matching and for
         --video=denoising.
-      sampler: meanflow, euler, heun (two network calls a step), euler_stochastic, or dopri5, which
-        chooses its steps by --tolerance; by default what the run was trained for.
+      sampler: meanflow, consistency, euler, heun (two network calls a step), euler_stochastic, or
+        dopri5, which chooses its steps by --tolerance; by default what the run was trained for.
       grid: Where the steps lie between t = 1, noise, and t = 0, data: uniform, cosine, quadratic or
         shifted; or the times themselves, by commas, as 1,0.6,0.
       guidance: Scale ω of classifier-free guidance, which doubles the network calls; 1 for none. A
-        run trained with guidance needs none.
+        run trained with guidance needs none, and a network that is told its guidance takes it as an
+        input, at no further call.
       guidance_interval: Times LOW:HIGH at which guidance is used; t = 1 is noise.
       tolerance: Of dopri5, the error of a step, relative and absolute.
       seed: Of noise and of classes by chance.
@@ -254,7 +255,7 @@ def check(options: Sampling) -> None:
         value = getattr(options, name)
         for number in value if isinstance(value, tuple) else (value,):
             if not low <= number <= high:  # NaN too
-                raise UserError(f"--{name}={number:g}: from {low:g} to {high:g}")
+                raise UserError(f"--{name}={number:,}: from {low:,} to {high:,}")
     if options.out and pathlib.Path(options.out).expanduser().is_file():
         raise UserError(f"--out={options.out} is a file: name a folder")
     if options.watch and options.video:

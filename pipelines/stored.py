@@ -215,7 +215,9 @@ def average_name(path: epath.Path, config: ConfigDict, asked: str) -> str:
     if can and asked.startswith(averages.POSTHOC):
         averages.width_of(asked)
         return asked
-    there = ", ".join((*known, NO_EMA, *([f"{averages.POSTHOC}WIDTH"] if can else [])))
+    low, high = averages.WIDTHS
+    made = [f"{averages.POSTHOC}WIDTH with a width from {low} to {high}"] * can
+    there = ", ".join((*known, NO_EMA, *made))
     if asked.startswith(averages.POSTHOC):
         raise UserError(
             f"{path} saved no snapshots to make {asked} of: train with --ema.posthoc=0.05,0.1 "

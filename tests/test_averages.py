@@ -245,6 +245,10 @@ def test_much_room_is_told_before_it_is_taken(steps, capsys):
     told = "1,000 snapshots of averages will take 2.0 GB in all, one 0.00 GB"
     said = capsys.readouterr().err
     assert (told in said and said.count("\n") == 1) if steps > 1000 else not said
+    config.ema.snapshot_interval = 0
+    averages.tell_size(config, held)
+    said = capsys.readouterr().err
+    assert "add --ema.snapshot_interval=1000; --ema=power_0.05 is kept" in said
 
 
 HOSTILE = ["0.1", ("nan,0.1",), ((0.1,),), (float("nan"),), (-0.1,), (True,), (0.1,) * 10**5, None]

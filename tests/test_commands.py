@@ -78,6 +78,14 @@ def test_a_size_given_wins_over_the_sizes_of_a_preset():
     assert sizes == {"depth": 3, "hidden_size": 768, "num_heads": 12, "patch_size": 2}
 
 
+def test_the_last_of_several_values_wins():
+    """Of lists too, which config_flags would join; some keys in between have their own."""
+    config = config_of(
+        "--alpha_flow.transition=0,1000 --seed=1 --alpha_flow.transition 0,20 --seed=2"
+    )
+    assert tuple(config.alpha_flow.transition) == (0, 20) and config.seed == 2
+
+
 def test_a_toy_is_a_data_set_like_others():
     config = config_of("--dataset_name two_moons --batch_size=8")
     assert config.model.name == "mlp" and config.dataset_name == "two_moons"

@@ -151,8 +151,9 @@ def test_what_is_told_by_tokens_stays(tmp_path):
     ("model", "told"),
     [
         ({"num_heads": 4}, "--model.num_heads=2"),
-        ({"hidden_size": 32}, "is another network"),
-        ({"depth": 2}, "is another network"),
+        ({"hidden_size": 32}, "has model.hidden_size=16, .* give --model.hidden_size=16"),
+        ({"depth": 2}, "give --model.depth=1"),
+        ({"mlp_ratio": 2.0}, "is another network"),
         ({"time_scale": 2.0}, "--model.time_scale=1.0"),
         ({"time_inputs": "t-r"}, "--model.time_inputs with t"),
         *(({key: value}, f"--model.{key}=") for key, value in ROPE.items()),

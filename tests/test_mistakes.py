@@ -19,6 +19,14 @@ MISTAKES = {
     # Names and types, which every command checks alike.
     "unknown key": ("train_flow.py --config.model.dpeth=3", "did you mean --model.depth?"),
     "unknown short key": ("train_flow.py --model.lr 1e-4", "did you mean --optimizer.lr?"),
+    "key of other sections": (
+        "train_meanflow.py --consistency.omega=2",
+        "--consistency.omega: consistency has c, clamp, interval_share",
+    ),
+    "key of this section": (
+        "train_meanflow.py --consistency.clmap=2",
+        "did you mean --consistency.clamp?",
+    ),
     "misspelt flag": ("train_flow.py --wrkdir=x", "did you mean --workdir?"),
     "misspelt, evaluator": ("eval_fid.py --stesp=1", "did you mean --steps?"),
     "misspelt, preparation": ("prepare_data.py --sorce=x", "did you mean --source?"),
@@ -73,6 +81,15 @@ MISTAKES = {
     "infinite": ("train_flow.py --optimizer.lr=inf", "give --optimizer.lr from"),
     "schedule": ("train_flow.py --optimizer.schedule=linear", "constant or cosine"),
     "warm-up": ("train_flow.py --config=configs/toy.py --max_steps=9", "warmup_steps=0"),
+    "warm-up and decay": (
+        "train_flow.py --max_steps=30 --optimizer.warmup_steps=100 --optimizer.schedule=wsd "
+        "--optimizer.decay_steps=10",
+        "more than max_steps=30: give --optimizer.warmup_steps=3",
+    ),
+    "scale that is not told": (
+        "train_meanflow.py --objective=improved_mean_flow --improved_mean_flow.omega_max=4",
+        "give --improved_mean_flow.omega_max=4 --model.guidance_inputs",
+    ),
     "average": ("train_flow.py --ema.decay=1", "give --ema.decay from 0 to"),
     "time law": ("train_flow.py --flow_matching.time_law=beta", "logit_normal or uniform"),
     "time mean": ("train_flow.py --flow_matching.time_mean=nan", "flow_matching.time_mean=nan"),

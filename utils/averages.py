@@ -249,8 +249,15 @@ def make_way(workdir: str | os.PathLike, done: int) -> None:
 
 
 def tell_size(config: ConfigDict, averages: dict[str, Any]) -> None:
-    """Says, where it is much, what the snapshots of a whole run take."""
-    if not config.ema.snapshot_interval or jax.process_index() != 0:
+    """Says, where it is much, what a run's snapshots take, or that there will be none."""
+    if not config.ema.posthoc or jax.process_index() != 0:
+        return
+    if not config.ema.snapshot_interval:
+        print(
+            f"warning: no snapshots are saved, so --ema={POSTHOC}WIDTH can never be made: add "
+            f"--ema.snapshot_interval=1000; --ema={powers(config.ema)[0]} is kept without",
+            file=sys.stderr,
+        )
         return
     held = [averages[name] for name in powers(config.ema)]
     one = sum(4 * leaf.size for leaf in jax.tree.leaves(held)) / GIGABYTE

@@ -186,7 +186,10 @@ def expand(argv: list[str], known: set[str]) -> list[str]:
             continue
         if not equals:
             value = words.pop(0) if words and not words[0].startswith("--") else "true"
-        out.append(f"--config.{name.removeprefix('config.')}={value}")
+        flag = f"--config.{name.removeprefix('config.')}="
+        # The last wins, as of other flags: config_flags would join the lists of both.
+        out = [before for before in out if not before.startswith(flag)]
+        out.append(f"{flag}{value}")
     if any(word.startswith("--config=") or word == "--config" for word in out):
         return out
     return [out[0], f"--config={_default_file(out)}", *out[1:]]
@@ -234,11 +237,17 @@ def _value_of(argv: list[str], flag: str) -> str:
 
 
 def _unknown(name: str, names: list[str]) -> str:
-    """Says what was meant: the key with that last part, or the one spelt most alike."""
+    """Says what was meant: a key of that section, else one with that last part, or spelt alike."""
     last = {n: n.rpartition(".")[2] for n in names}
-    leaf = name.rpartition(".")[2]
+    section, _, leaf = name.rpartition(".")
+    own = {last[n]: n for n in names if section and n.startswith(f"{section}.")}
+    near = [own[word] for word in difflib.get_close_matches(leaf, own)]
+    same = [n for n in names if last[n] == leaf]
+    if own and not near and len(same) != 1:  # of other sections it could be any
+        return f"unknown flag or config key --{name}: {section} has {', '.join(own)}"
     alike = difflib.get_close_matches(leaf, last.values())
-    near = [n for n in names if last[n] == leaf] or difflib.get_close_matches(name, names)
+    near = near or difflib.get_close_matches(name, same) or same
+    near = near or difflib.get_close_matches(name, names)
     near = near or [n for n in names if last[n] in alike]
     hint = f"did you mean --{near[0]}?" if near else "see --help and configs/base.py"
     return f"unknown flag or config key --{name}: {hint}"

@@ -109,9 +109,13 @@ def check_optimizer(config: ConfigDict) -> None:
             f"--optimizer.decay_steps={max(steps // 5, 1)} or the like"
         )
     if o.schedule == "wsd" and o.warmup_steps + o.decay_steps > steps:
+        warmup = min(o.warmup_steps, steps // 10)
+        fits = [f"--optimizer.warmup_steps={warmup}"] * (warmup < o.warmup_steps)
+        if warmup + o.decay_steps > steps:
+            fits += [f"--optimizer.decay_steps={max(steps // 5, 1)}"]
         raise UserError(
             f"optimizer.warmup_steps={o.warmup_steps} and optimizer.decay_steps={o.decay_steps} "
-            f"are more than max_steps={steps}: give fewer"
+            f"are more than max_steps={steps}: give {' '.join(fits)}"
         )
     averages.check(config)
 
