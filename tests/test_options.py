@@ -51,11 +51,8 @@ def falling(name: str, **more) -> dict:
 OPTIONS = {
     "flow_matching": {"objective": "flow_matching"},
     "mean_flow": {"objective": "mean_flow"},
-    "improved_mean_flow": {"objective": "improved_mean_flow"},
-    "alpha_flow": {"objective": "alpha_flow"},
     "alpha_flow falling": falling("alpha_flow", omega=0.5, kappa=0.5),
     "shortcut": {"objective": "shortcut", "shortcut.interval_share": 0.25},
-    "consistency": {"objective": "consistency"},
     "consistency falling": falling("consistency", interval_share=0.5),
     "data": DATA,
     "time range": {"mean_flow.time_range": (0.05, 0.95)},
@@ -85,12 +82,11 @@ TOGETHER = [
     ("shortcut", "data", "adamw8bit", "wsd"),
     ("second head", "told guidance", "tokens", "rope", "qk_norm", "muon", "ema posthoc"),
     ("flow_matching", "unet", "unet fir", "unet attention", "data"),
-    ("consistency falling", "data", "rms"),
-    ("alpha_flow", "data"),
-    ("improved_mean_flow", "data", "dropout"),
-    ("consistency",),
+    ("consistency falling", "data"),
 ]
-ON_EIGHT = TOGETHER[:2]  # 8 bits and U-Nets take minutes, since two cores are all eight devices
+ON_EIGHT = TOGETHER[:1]  # 8 bits and U-Nets take minutes, since two cores are all eight devices
+if THOROUGH:
+    OPTIONS["improved_mean_flow"] = {"objective": "improved_mean_flow"}  # without a second head
 OBJECTIVES = [name for name in OPTIONS if "objective" in OPTIONS[name]]
 if THOROUGH:
     TOGETHER += [(name,) for name in OPTIONS] + [(name, "data") for name in OBJECTIVES]
@@ -207,11 +203,11 @@ NONSENSE = {
     "largest scale below 1": ({**TOLD, "improved_mean_flow.omega_max": 0.5}, "from 1 to 1000"),
     "no transition": (
         {"objective": "alpha_flow", "alpha_flow.transition": (9, 9)},
-        "give --alpha_flow.transition=0,100000",
+        "give --alpha_flow.transition=0,9",
     ),
     "no transition, consistency": (
         {"objective": "consistency", "consistency.transition": (9, 9)},
-        "give --consistency.transition=0,100000",
+        "give --consistency.transition=0,9",
     ),
     "transition backwards": (
         {"objective": "alpha_flow", "alpha_flow.transition": (9, 5)},
@@ -341,7 +337,6 @@ def test_samplers_that_a_network_was_not_taught_for(name, steps, sampler, scale,
     told_in_one_line(error, words)
 
 
-@pytest.mark.xfail(strict=True, reason="FlowPipeline.check lets them: noise comes out")
 @pytest.mark.parametrize("sampler", ["euler", "heun", "euler_stochastic", "dopri5"])
 def test_consistency_training_teaches_no_velocity_of_the_flow(sampler):
     """With every sample at r = 0 < t, u at r = t is what nothing was said about."""

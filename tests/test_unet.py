@@ -15,6 +15,7 @@ from configs import cifar10, mnist_unet, toy
 from models.unet import Block, UNet, check, doubled, halved
 from pipelines import build
 from pipelines.stored import read_config
+from tests.conftest import thorough
 from tests.test_tfds import prepare
 from utils import data
 from utils.cli import UserError
@@ -330,7 +331,7 @@ def slopes(remat: str):
     return convolutions, *compiled(params)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=thorough)])
 def test_what_is_computed_again_changes_no_number(remat):
     none, others = slopes("none"), slopes(remat)
     for a, b in zip(jax.tree.leaves(none[1:]), jax.tree.leaves(others[1:]), strict=True):
