@@ -142,9 +142,10 @@ class FlowPipeline:
 
         Args:
           step: of the checkpoint; None: the newest.
-          ema: the decay of the averaged parameters, as "0.9999"; empty: the run's own; NO_EMA: the
-            parameters themselves. A folder that `save_pretrained` wrote holds one step and one
-            average.
+          ema: of the averaged parameters a decay that the run kept, as "0.9999", or "power_0.05";
+            "posthoc_0.1", or any width, where it saved snapshots; "none": the parameters
+            themselves; empty: the run's own. A folder that `save_pretrained` wrote holds one step
+            and one average.
         Raises:
           UserError: there is nothing of the kind, or it is of another network.
         """
@@ -311,6 +312,8 @@ class FlowPipeline:
         r: np.ndarray | float,
         t: np.ndarray | float,
         labels: np.ndarray | None = None,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> np.ndarray:
         """The average velocity u(z, r, t) float32 (n, *shape) over [r, t]; at r = t the velocity.
 
@@ -318,15 +321,25 @@ class FlowPipeline:
           z: (n, *shape), what the network sees at time t: 0 is data, 1 noise.
           r, t: numbers or (n,), 0 ≤ r ≤ t ≤ 1; r = t where flow matching trained the network.
           labels: (n,) int32; None: the null label.
+          guidance, guidance_interval: what a network is told that takes them as an input.
         Raises:
-          UserError: other shapes, or times that the network was not taught.
+          UserError: other shapes, times or scales that the network was not taught, or guidance of
+            one that is not told it.
         """
         z, r, t = (np.asarray(a, np.float32) for a in (z, r, t))
         n, null = len(np.atleast_1d(z)), self.network.null_label
         label = np.full(n, null, np.int32) if labels is None else np.asarray(labels)
         self._check_inputs(z, r, t, label)
+        check_numbers(n, np.arange(n), guidance, guidance_interval, seed=0)
+        self._check_told(guidance, guidance_interval)
+        if guidance != 1 and not self.network.told:
+            raise UserError(
+                f"guidance={guidance}: velocity gives u(·|label) of this network: guide by two "
+                "calls, u(·|none) + guidance · (u(·|label) − u(·|none))"
+            )
         r, t = (np.broadcast_to(time, n) for time in (r, t))
-        inputs = z, r, t, label.astype(np.int32)
+        told = np.broadcast_to(np.asarray([guidance, *guidance_interval], np.float32), (n, 3))
+        inputs = z, r, t, label.astype(np.int32), *([told] * self.network.told)
         return np.asarray(_apply(self.network.apply)(self.params, *inputs))
 
     def _check_inputs(self, z: np.ndarray, r: np.ndarray, t: np.ndarray, label: np.ndarray) -> None:
@@ -467,7 +480,10 @@ class FlowPipeline:
         most = self.config.improved_mean_flow.omega_max
         most = most if most > 1 else np.inf  # of a network that came back from others it is unknown
         if not 1 <= scale <= most:
-            raise UserError(f"guidance={scale}: this network was told scales from 1 to {most:g}")
+            scales = f"from 1 to {most:g}" if most < np.inf else "of 1 or more"
+            raise UserError(
+                f"guidance={scale}: this network was told scales {scales}: give --guidance {scales}"
+            )
 
 
 def consistent(config: ConfigDict) -> bool:
@@ -528,7 +544,7 @@ def noise_of(shape: tuple[int, ...]) -> Callable[[int, Array], tuple[Array, Arra
 
 @functools.lru_cache(maxsize=4)
 def _apply(apply: Callable) -> Callable:
-    return jax.jit(lambda params, *inputs: apply(params, *inputs, None))
+    return jax.jit(lambda params, *inputs: apply(params, *inputs[:4], None, *inputs[4:]))
 
 
 def _padded(noise: np.ndarray, shape: tuple[int, ...], padding: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from models.dit import SIZES
 from utils.cli import UserError
+from utils.optimizers import MOMENTUM
 
 Library = Literal["jax", "diffusers"]
 
@@ -253,30 +254,51 @@ def _what(config: ConfigDict, card: dict[str, Any]) -> str:
 
 def _network(config: ConfigDict) -> str:
     m = config.model
+    if m.name == "unet":
+        times = ", ".join(map(str, m.channel_multipliers))
+        return (
+            f"U-Net (base width {m.hidden_size}, multipliers {times}, blocks per resolution "
+            f"{m.depth})"
+        )
     if m.name != "dit":
         return f"{m.name.upper()} of depth {m.depth} and width {m.hidden_size}"
     keys = ("depth", "hidden_size", "num_heads", "patch_size")
     of = SIZES.get(m.size, {}) | {key: m[key] for key in keys if m.get(key) is not None}
     size = f"-{m.size}" if m.size else ""
+    patches = f"patches of {of.get('patch_size')}"
+    own = [words for key, value, words in OPTIONS if m.get(key) == value]
+    blocks = m.get("velocity_head", 0)
+    own += [f"a second head of {blocks} block{'s' * (blocks > 1)}"] * bool(blocks)
     return (
         f"DiT{size} (depth {of.get('depth')}, width {of.get('hidden_size')}, {of.get('num_heads')} "
-        f"heads, patches of {of.get('patch_size')})"
+        f"heads, {', '.join([patches, *own])})"
     )
+
+
+OPTIONS = (  # of a DiT, what is not the default
+    *(("positions", "rope", "RoPE"), ("mlp", "swiglu", "SwiGLU"), ("norm", "rms", "RMS norm")),
+    *(("qk_norm", True, "qk-norm"), ("conditioning", "tokens", "in-context tokens")),
+)
 
 
 def _use(config: ConfigDict, card: dict[str, Any], library: Library, name: str) -> str:
     steps = 32 if config.objective == "flow_matching" else 1
+    told = config.model.get("guidance_inputs") and card["num_classes"]
+    most = config.get("improved_mean_flow", {}).get("omega_max", 1)
+    scale = f"{min(2.0, most) if most > 1 else 2.0}"
     if library == "jax":
         label = " --labels=-1" if card["num_classes"] else ""
         labels = f"np.full(16, {card['num_classes']})" if not card["num_classes"] else None
+        flag, given = (f" --guidance={scale}", f", guidance={scale}") if told else ("", "")
         labels = labels or f"np.arange(16) % {card['num_classes']}"
         return (
-            f"```\npython sample.py --workdir={name}{label} --steps={steps} --num=16\n```\n\n"
+            f"```\npython sample.py --workdir={name}{label} --steps={steps} --num=16{flag}\n```\n\n"
             "```python\nimport numpy as np\n\nfrom pipelines.flow import FlowPipeline\n\n"
             f'pipe = FlowPipeline.from_pretrained("{name}")\n'
-            f"samples = pipe({labels}, steps={steps}, seed=0)\n```"
+            f"samples = pipe({labels}, steps={steps}, seed=0{given})\n```"
         )
     given = "class_labels=[0] * 4" if card["num_classes"] else "num_samples=4"
+    given += f", guidance_scale={scale}" if told else ""
     output = ', output_type="latent"' if card.get("without_decoder") else ""
     return (
         "```python\nimport torch\nfrom diffusers import DiffusionPipeline\n\n"
@@ -312,17 +334,18 @@ def _recipe(config: ConfigDict, card: dict[str, Any], library: Library) -> str:
     if card.get("origin") and not card.get("train_steps"):
         return f"It was trained elsewhere: {card['origin']} says how."
     o = config.optimizer
-    decay = f", weight decay {o.weight_decay:g}" if o.weight_decay else ""
-    optimizer = f"AdamW, β₁ {o.beta1:g}, β₂ {o.beta2:g}{decay}"
-    rate = f"{o.lr:g}, {o.schedule}" + (
+    end = f", to 0 over the last {o.decay_steps:,}" if o.schedule == "wsd" else ""
+    rate = f"{o.lr:g}, {o.schedule}{end}" + (
         f", {o.warmup_steps:,} steps of warm-up" if o.warmup_steps else ""
     )
+    prediction = config.model.get("prediction", "velocity")
     started = card.get("initialised_from") or {}
     rows: list[tuple[str, Any]] = [
         ("objective", config.objective.replace("_", " ")),
         ("times", _times(config)),
+        ("prediction", "" if prediction == "velocity" else prediction),
         ("batch", config.batch_size),
-        ("optimizer", optimizer),
+        ("optimizer", _optimizer(o)),
         ("learning rate", rate),
         ("gradient clipping", f"{o.clip_norm:g}" if o.clip_norm else ""),
         ("EMA", f"{card.get('ema') or config.ema.decay}"),
@@ -339,6 +362,15 @@ def _recipe(config: ConfigDict, card: dict[str, Any], library: Library) -> str:
     body = "\n".join(f"| {key} | {value} |" for key, value in rows if value not in ("", None, {}))
     where = "config.json" if library == "jax" else "training/config.json"
     return f"| | |\n|---|---|\n{body}\n\n`{where}` holds every key of it."
+
+
+def _optimizer(o: ConfigDict) -> str:
+    name, moments = o.get("name", "adamw"), o.get("moments", "float32")
+    words = f"AdamW, β₁ {o.beta1:g}, β₂ {o.beta2:g}"
+    words = f"Muon (β {MOMENTUM:g}; other parameters {words})" if name == "muon" else words
+    moments = "8 bits" if name == "adamw8bit" else moments
+    words += f", moments in {moments}" if moments != "float32" else ""
+    return words + (f", weight decay {o.weight_decay:g}" if o.weight_decay else "")
 
 
 def _count(card: dict[str, Any], key: str) -> str:

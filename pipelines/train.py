@@ -337,8 +337,11 @@ def check_workdir(
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     steady = config.optimizer.schedule == "constant"
     changed = [k for k in changed if not is_free(k) or (k == "max_steps" and not steady)]
+    first = [k for k in ("objective", "dataset_name", "model.name") if k in changed]
+    changed = [*first, *(k for k in changed if k not in first)]
     if changed:
         was = ", ".join(f"{k}={old.get(k)} (now {new.get(k)})" for k in changed[:3])
+        was += f", and {len(changed) - 3} others" if len(changed) > 3 else ""
         raise UserError(
             f"{path} holds another run, with {was}: give the same options to continue it, "
             "or another --workdir"

@@ -20,6 +20,7 @@ from pipelines.export import INDEX, Options, read_diffusers, write_diffusers
 from pipelines.flow import FlowPipeline
 from tests.small import write_autoencoder
 from utils.cli import UserError
+from utils.sharding import fetch
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 2, "unroll": 1}
@@ -147,6 +148,12 @@ def test_the_second_head_stays_behind(tmp_path):
     right = ours.velocity(z, t / 2, t, np.array([3, 10]))
     assert np.abs(right).max() > 0.1
     np.testing.assert_allclose(back.velocity(z, t / 2, t, np.array([3, 10])), right, atol=1e-5)
+    drawn = fetch(ours.draw(np.array([3, 10]), noise=z, guidance=2.0, decode=False)).samples[:2]
+    one = z - ours.velocity(z, 0.0, 1.0, np.array([3, 10]), guidance=2.0)
+    np.testing.assert_allclose(drawn, one, atol=1e-5)
+    assert np.abs(z - ours.velocity(z, 0.0, 1.0, np.array([3, 10])) - one).max() > 1e-3
+    with pytest.raises(UserError, match="guide by two calls"):
+        small().velocity(z, t, t, np.array([3, 10]), guidance=2.0)
 
 
 def test_folders_older_than_an_option(written):
@@ -356,6 +363,43 @@ def test_the_card_of_a_trained_network():
         *("--workdir=somewhere/digits --labels=-1 --steps=1", "None were measured."),
     ):
         assert words in text, words
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"optimizer.name": "muon"}, "Muon (β 0.95; other parameters AdamW, β₁ 0.9, β₂ 0.95)"),
+        ({"optimizer.name": "adamw8bit"}, "AdamW, β₁ 0.9, β₂ 0.95, moments in 8 bits |"),
+        ({"optimizer.moments": "bfloat16"}, "β₂ 0.95, moments in bfloat16 |"),
+        (
+            {"optimizer.schedule": "wsd", "optimizer.decay_steps": 1000},
+            "wsd, to 0 over the last 1,",
+        ),
+        ({"model.prediction": "data"}, "| prediction | data |"),
+        (
+            {"model.positions": "rope", "model.mlp": "swiglu", "model.norm": "rms"},
+            "patches of 2, RoPE, SwiGLU, RMS norm)",
+        ),
+        (
+            {"model.qk_norm": True, "model.conditioning": "tokens", "model.velocity_head": 1},
+            "qk-norm, in-context tokens, a second head of 1 block)",
+        ),
+        (
+            {"model.name": "unet"},
+            "A U-Net (base width 32, multipliers 1, 2, 2, blocks per resolution 2)",
+        ),
+        ({"model.guidance_inputs": True}, "steps=1, seed=0, guidance=2.0)"),
+        ({"model.guidance_inputs": True}, "--num=16 --guidance=2.0\n"),
+    ],
+)
+def test_a_card_says_what_is_not_the_default(changed, words):
+    config = type(small().config)(small().config.to_dict())
+    config.update_from_flattened_dict(changed)
+    assert words in model_card.text(config, small().card)
+    assert words not in model_card.text(small().config, small().card)
+    if "model.guidance_inputs" in changed:
+        text = model_card.text(config, small().card, library="diffusers")
+        assert "class_labels=[0] * 4, guidance_scale=2.0, num_inference_steps=1" in text
 
 
 STRANGE = [

@@ -152,7 +152,7 @@ def test_a_workdir_with_another_config_is_refused_and_kept(tmp_path):
     config = small_config(max_steps=40)
     with pytest.raises(UserError, match=r"another run, with .*model.depth=1 \(now 2\)"):
         train(config, str(tmp_path), objectives.mean_flow_objective)
-    with pytest.raises(UserError, match="objective=mean_flow"):
+    with pytest.raises(UserError, match="another run, with objective=mean_flow"):
         train(small_config(max_steps=40), str(tmp_path), objectives.flow_objective)
     assert (tmp_path / "config.json").read_text() == before
 
