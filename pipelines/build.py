@@ -346,6 +346,8 @@ def _module(model: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.M
         "dropout": model.dropout,
         "time_inputs": model.time_inputs,
     }
+    if model.name == "mlp" and len(shape) > 1:
+        raise UserError("model.name=mlp is for points: --model.name=dit for pictures")
     _check_own(model)
     if model.name == "dit":
         common |= dit_sizes(model, shape)
@@ -354,8 +356,6 @@ def _module(model: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.M
     if model.name == "unet":
         common |= _unet_sizes(model, shape)
         return UNet(**common, remat=model.remat, dtype=_dtype(model.dtype))
-    if len(shape) > 1:
-        raise UserError("model.name=mlp is for points: --model.name=dit for pictures")
     common |= _given(model, ("depth", "hidden_size"))
     return MLP(**common, mlp_ratio=model.mlp_ratio)
 

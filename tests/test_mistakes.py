@@ -45,6 +45,10 @@ MISTAKES = {
     # Config files.
     "no such config": ("train_flow.py --config=configs/dgits.py", "no config file"),
     "a folder as config": ("train_flow.py --config=configs", "there are configs/*.py for"),
+    "no plan": (
+        "scripts/compare.py --names=shortcut",
+        "give --config=configs/compare.py:digits, or",
+    ),
     "no such variant": ("train_flow.py --config=configs/toy.py:moon", "one of checkerboard"),
     "no variants": ("train_flow.py --config=configs/digits.py:small", "has no variants: leave"),
     "no config": ("train_flow.py --config=README.md", "no config in README.md"),
@@ -79,7 +83,7 @@ MISTAKES = {
     "no training": ("train_flow.py --max_steps=0", "give --max_steps from 1"),
     "not a number": ("train_flow.py --optimizer.lr=nan", "optimizer.lr=nan"),
     "infinite": ("train_flow.py --optimizer.lr=inf", "give --optimizer.lr from"),
-    "schedule": ("train_flow.py --optimizer.schedule=linear", "constant or cosine"),
+    "schedule": ("train_flow.py --optimizer.schedule=linear", "constant, cosine or wsd"),
     "warm-up": ("train_flow.py --config=configs/toy.py --max_steps=9", "warmup_steps=0"),
     "warm-up and decay": (
         "train_flow.py --max_steps=30 --optimizer.warmup_steps=100 --optimizer.schedule=wsd "
@@ -98,7 +102,7 @@ MISTAKES = {
     "interval": ("train_meanflow.py --mean_flow.guidance_interval=a,b", "the lower first"),
     "interval reversed": (
         "train_meanflow.py --mean_flow.guidance_interval=0.8,0.2",
-        "two times from 0 to 1, the lower first",
+        "two numbers from 0 to 1, the lower first",
     ),
     "time inputs": ("train_meanflow.py --model.time_inputs=t", "two times"),
     "null label": (
@@ -109,7 +113,10 @@ MISTAKES = {
         "train_meanflow.py --config=configs/toy.py --mean_flow.omega=2",
         "guidance needs labels",
     ),
-    "objective": ("train_flow.py --objective=mean_flow", "is set by the script: leave it out"),
+    "objective": (
+        "train_flow.py --objective=mean_flow",
+        "is not of this script: train_flow.py has flow_matching",
+    ),
     "a file as workdir": ("train_flow.py --workdir=README.md", "name a folder with --workdir"),
     "wandb": ("train_flow.py --wandb.mode=on", "disabled, offline or online"),
     "patience": ("train_flow.py --save_patience=-1", "give --save_patience from"),
@@ -293,7 +300,10 @@ MISTAKES = {
         "train_meanflow.py --init_from=configs --model.time_scale=0",
         "give --model.time_scale from 0.001",
     ),
-    "prediction": ("train_flow.py --model.prediction=x", "give --model.prediction=velocity or"),
+    "prediction": (
+        "train_flow.py --model.prediction=x",
+        "give --model.prediction=velocity, data or noise",
+    ),
     "MeanFlow of noise": ("train_meanflow.py --model.prediction=noise", "says nothing of r < t"),
     # Scripts and benchmarks.
     "export what": ("scripts/export.py", "--workdir=runs/... --out=FOLDER"),
