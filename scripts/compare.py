@@ -41,4 +41,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, needed="configs/compare.py:digits, or mnist")

@@ -8,6 +8,7 @@ command line wins over every preset.
 
 import contextlib
 import difflib
+import functools
 import pathlib
 import re
 import sys
@@ -102,15 +103,19 @@ def _attributes(doc: str) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in found}
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Parses the flags and calls `main(argv)`; a mistake ends in one line and exit status 2."""
+def run(main: Callable[[Sequence[str]], None], needed: str = "") -> None:
+    """Parses the flags and calls `main(argv)`; a mistake ends in one line and exit status 2.
+
+    Args:
+      needed: what to give for --config, of a script that has none without.
+    """
     from utils import hosts  # which imports this file
 
     def call(argv: Sequence[str]) -> None:
         compilation.keep()
         _told_in_one_line(lambda: hosts.ended(lambda: main(argv)))
 
-    app.run(call, flags_parser=_parse)
+    app.run(call, flags_parser=functools.partial(_parse, needed=needed))
 
 
 def _told_in_one_line(call: Callable):
@@ -144,16 +149,22 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    return _told_in_one_line(lambda: parse(list(argv)))
+def _parse(argv: Sequence[str], needed: str = "") -> list[str]:
+    return _told_in_one_line(lambda: parse(list(argv), needed))
 
 
-def parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str], needed: str = "") -> list[str]:
     """Parses `argv` into absl's flags and returns what is left, the program's name.
 
+    Args:
+      needed: as `run` takes it.
     Raises:
-      UserError: an unknown flag or key, a value of the wrong type, or a stray word.
+      UserError: no --config where it is needed, an unknown flag or key, a value of the wrong type,
+        or a stray word.
     """
+    given = {word.lstrip("-").partition("=")[0] for word in argv[1:]}
+    if needed and not given & {"config", "help", "helpshort", "helpfull"}:
+        raise UserError(f"give --config={needed}")
     if "config" in flags.FLAGS:
         argv = expand(argv, set(flags.FLAGS))
         check_keys(argv)
