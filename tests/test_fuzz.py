@@ -32,16 +32,17 @@ KEYS = sorted(cli.flatten(base.get_config()))
 GROUPS = sorted({key.partition(".")[0] for key in KEYS if "." in key})
 TOLD = (UserError, flags.Error, OSError)  # what a command tells in one line
 SMALL = (  # of every run, before what is drawn: so that what is traced is traced soon
-    *("--model.depth=1", "--model.hidden_size=8", "--model.num_heads=2", "--model.unroll=1"),
+    *("--model.depth=1", "--model.hidden_size=8"),
     *("--batch_size=8", "--max_steps=9", "--optimizer.warmup_steps=0", "--sample.num=4"),
 )
+HEADS = ("--model.num_heads=2", "--model.unroll=1")
 FILES = {
-    "digits.py": ("--model.patch_size=4",),
+    "digits.py": ("--model.patch_size=4", *HEADS),
     "toy.py": (),
     "toy.py:spirals": (),
-    "mnist.py": (),  # whose data is not there
-    "folder.py": ("--model.patch_size=4", "--data_dir=pictures"),
-    "imagenet256.py:meanflow_b4": ("--use_stable_vae=0", "--data_dir=pictures"),
+    "mnist.py": HEADS,  # whose data is not there
+    "folder.py": ("--model.patch_size=4", "--data_dir=pictures", *HEADS),
+    "imagenet256.py:meanflow_b4": ("--use_stable_vae=0", "--data_dir=pictures", *HEADS),
 }
 MANY = settings(
     derandomize=True,
