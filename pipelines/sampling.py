@@ -255,7 +255,7 @@ def check(options: Sampling) -> None:
         value = getattr(options, name)
         for number in value if isinstance(value, tuple) else (value,):
             if not low <= number <= high:  # NaN too
-                raise UserError(f"--{name}={number:,}: from {low:,} to {high:,}")
+                raise UserError(f"--{name}={number:g}: from {low:g} to {high:g}")
     if options.out and pathlib.Path(options.out).expanduser().is_file():
         raise UserError(f"--out={options.out} is a file: name a folder")
     if options.watch and options.video:
