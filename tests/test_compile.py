@@ -14,6 +14,8 @@ import tempfile
 
 import pytest
 
+from tests.conftest import thorough
+
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPE = ("--config=configs/imagenet256.py:meanflow_xl2", "--model.size=S/4", "--model.depth=2")
 SMALL = 2**14  # bytes: metrics, and norms of gradients
@@ -84,6 +86,7 @@ def test_every_sample_is_computed_once(topology):
     assert found["flops"] == pytest.approx(found["model_flops"], rel=0.01)
 
 
+@thorough
 def test_one_sample_per_device_is_computed_in_the_plain_form_with_one_warning():
     found, written = results("cpu:8", "--batch_size=8")
     assert written.count("warning: ") == 1

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.conftest import THOROUGH
+from tests.conftest import THOROUGH, thorough
 from tests.forked import Commands, Done
 from tests.test_checkpoint import needs_small_disks
 from utils.checkpoint import Checkpoints, check
@@ -162,6 +162,7 @@ cp -r "$DIR/run" "$OUT"
 """
 
 
+@thorough
 @needs_small_disks
 def test_a_full_disk_in_mid_run_costs_saves_and_no_steps(uninterrupted, tmp_path):
     disk, out = tmp_path / "disk", tmp_path / "out"

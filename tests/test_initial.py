@@ -13,6 +13,7 @@ from configs import digits
 from pipelines import build, initial, objectives
 from pipelines.flow import FlowPipeline
 from pipelines.train import train
+from tests.conftest import thorough
 from utils.cli import UserError
 from utils.sharding import born_sharded, make_mesh
 from utils.step import init_state
@@ -166,6 +167,7 @@ def test_another_network_is_refused_in_one_line(tmp_path, model, told):
         begun(tmp_path / "flow", **model)
 
 
+@thorough
 def test_a_run_that_was_begun_so_goes_on_without_its_source(tmp_path, standard_promotion):
     theirs = random_pipeline(tmp_path / "flow", time_inputs="t")
     config = config_of()

@@ -86,7 +86,7 @@ def test_both_objectives_train_and_draw_pictures(place, objective):
     assert 0 <= lines[0]["data_wait"] <= 1
 
 
-@pytest.mark.parametrize("cache", ["host", "device"])
+@pytest.mark.parametrize("cache", ["host", pytest.param("device", marks=thorough)])
 def test_the_cache_changes_no_run(place, cache):
     a, b = (
         FlowPipeline.from_pretrained(trained(place, "mean_flow", cache=c)) for c in ("disk", cache)

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 
 from models import mobilenet
+from tests.conftest import thorough
 from utils.fid import FeatureStats, frechet_distance
 
 
@@ -153,6 +154,7 @@ def test_real_weights_see_what_is_in_real_pictures(shared, extract) -> None:
     assert (best[:, :5] == classes[:, None]).any(axis=1).mean() > 0.94
 
 
+@thorough
 def test_distances_order_faces_noisy_faces_and_other_pictures(shared, extract) -> None:
     _, faces = read(shared / "data" / "omi_faces_400_256.zip", 256)
     _, others = read(shared / "data" / "imagenet_sample_200_256.zip", 128)

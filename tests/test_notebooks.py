@@ -17,6 +17,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
 from notebooks.execute import cleaned, execute
+from tests.conftest import thorough
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIGURES = {"tour": 11, "sample": 11}
@@ -55,7 +56,7 @@ def check_figures(name: str, notebook: NotebookNode) -> None:
 
 
 @pytest.mark.timeout(900)  # a minute on two quiet cores
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", ["tour", pytest.param("sample", marks=thorough)])
 def test_a_notebook_runs_and_gives_what_is_stored(name):
     before = stored(name)
     # Sampling compiles more than it computes; training does not.

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from configs import digits
 from pipelines import build, objectives
 from pipelines.train import train
+from tests.conftest import thorough
 from utils import data, sharding
 from utils.checkpoint import Checkpoints
 from utils.cli import UserError
@@ -68,8 +69,8 @@ def relative_distance(a, b) -> float:
 @pytest.mark.parametrize(
     ("objective", "other"),
     [
-        ("flow_matching", {"devices": 1, "remat": "full"}),
-        ("mean_flow", {"devices": 1, "accumulation": 4}),
+        pytest.param("flow_matching", {"devices": 1, "remat": "full"}, marks=thorough),
+        pytest.param("mean_flow", {"devices": 1, "accumulation": 4}, marks=thorough),
         ("mean_flow", {"devices": 8, "remat": "full", "accumulation": 4, "fsdp": 4}),
     ],
     ids=str,
@@ -267,6 +268,7 @@ def test_the_learning_rate_is_reached_with_and_without_warm_up(schedule, warmup)
     assert float(rate(config.max_steps)) == pytest.approx(end, abs=1e-9)
 
 
+@thorough
 def test_an_evaluation_takes_parameters_from_a_mesh_in_any_order(tmp_path, monkeypatch):
     """A TPU slice's devices lie in another order in a mesh of 4 × 4 than in one of 16 × 1."""
 
