@@ -24,6 +24,7 @@ from pipelines import extractors, flow, jobs, measure, prepare, prepare_statisti
 from pipelines.extractors import Extractor
 from pipelines.flow import FlowPipeline
 from pipelines.plan import Plan, checked
+from tests.conftest import thorough
 from tests.test_mobilenet import random_tensors
 from tests.test_pipeline import pipeline
 from utils import sharding, statistics
@@ -133,6 +134,7 @@ def mobilenet(tmp_path) -> pathlib.Path:
     return real if real.exists() else write_npz(tmp_path / "weights.npz", **random_tensors())
 
 
+@thorough
 def test_neither_devices_nor_batches_change_a_result(mobilenet, tmp_path, monkeypatch):
     plan = Plan(
         workdir=(str(export(tmp_path / "run", classes=10)),),

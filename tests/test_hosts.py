@@ -16,7 +16,7 @@ import pytest
 
 from pipelines.flow import FlowPipeline
 from pipelines.stored import NO_EMA
-from tests.conftest import THOROUGH
+from tests.conftest import THOROUGH, thorough
 from tests.programs import LOST_AFTER, ROOT, Program, free_port, own_lines
 from tests.small import write_pictures
 from utils import hosts
@@ -170,7 +170,8 @@ def distance(run: pathlib.Path, other: pathlib.Path, ema: str) -> float:
     return float(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[0]))
 
 
-@pytest.mark.timeout(900)  # some 80 s on two idle cores
+@thorough
+@pytest.mark.timeout(900)  # some 140 s on two cores
 def test_two_processes_are_killed_and_go_on_as_one_and_as_two(tmp_path):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     with train(whole, "log", 2) as program:
