@@ -226,11 +226,6 @@ class FlowPipeline:
         """Whether the network was taught average velocities, over [r, t]."""
         return self.config.objective != "flow_matching"
 
-    @property
-    def consistent(self) -> bool:
-        """Whether it was taught those of intervals anywhere, of any length."""
-        return consistent(self.config)
-
     def __call__(self, labels: np.ndarray, **options: Any) -> np.ndarray:
         """Returns n pictures uint8 (n, height, width, channels), or points float32 (n, 2).
 

@@ -165,7 +165,7 @@ class Evaluate:
         for steps in self.config.sample.steps:
             logger.picture(step, f"steps_{steps}", grid(self._pictures(params, steps)))
         metrics: dict[str, float] = {}
-        if self.pipeline.consistent:
+        if consistent(self.config):
             metrics["self_consistency"] = float(self.consistency(params, self.codec, self.held))
         if self.distance:
             metrics |= self.distance(params)
